@@ -1,0 +1,217 @@
+"""The control messages between trainer, agent and worker.  docs/protocol.md tells their meaning.
+
+HTTP bodies are JSON.  A field of type :data:`Packed` is a string made by
+:func:`weightsync.codec.pack`, for what would be megabytes of JSON.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from weightsync.manifest import Manifest, TensorSpec
+
+PROTOCOL_VERSION = 1
+
+Packed = str
+Name = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+Id = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:-]+$")]
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+Version = Annotated[int, Field(ge=0, lt=1 << 62)]
+PauseMode = Literal["keep", "wait", "abort"]
+
+
+class Message(BaseModel):
+    """Base of all messages: unknown fields are errors, nothing changes after it is made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# ---------------------------------------------------------------- trainer <-> agent
+
+
+class TensorModel(Message):
+    """One checkpoint tensor."""
+
+    name: Name
+    dtype: str
+    shape: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=16)]
+    alias_of: str = ""
+
+
+class ManifestModel(Message):
+    """What the trainer can make, in plain JSON."""
+
+    tensors: list[TensorModel]
+
+    def to_manifest(self) -> Manifest:
+        """The core record.
+
+        Raises:
+            ManifestError: See :class:`weightsync.manifest.Manifest`.
+        """
+        return Manifest.of(
+            TensorSpec(t.name, t.dtype, tuple(t.shape), t.alias_of) for t in self.tensors
+        )
+
+
+class PauseRequest(Message):
+    """``POST /pause``.  Without ``push_id`` it is a pause by hand: only a resume by hand ends it."""
+
+    mode: PauseMode = "keep"
+    timeout_s: Seconds = 60.0
+    push_id: Id | None = None
+
+
+class ResumeRequest(Message):
+    """``POST /resume``."""
+
+    push_id: Id | None = None
+
+
+class InitTransferRequest(Message):
+    """``POST /init_transfer``: rendezvous, round 1.
+
+    ``manifest`` is either plain JSON or packed ``tuple[TensorSpec, ...]``.
+    """
+
+    protocol_version: int
+    session: Id
+    manifest: ManifestModel | Packed
+    world_size: Annotated[int, Field(ge=1)] = 1
+    timeout_s: Seconds = 300.0
+
+
+class WorkerOffer(Message):
+    """What one worker offers: ``layout`` is a packed ``WorkerLayout``, ``metadata`` base64."""
+
+    place: str
+    transport: str
+    metadata: str
+    layout: Packed
+    direct: int
+    staged: int
+    nbytes: int
+
+
+class InitTransferResponse(Message):
+    """Answer to ``POST /init_transfer``."""
+
+    session: Id
+    epoch: int
+    version: Version
+    workers: list[WorkerOffer]
+
+
+class RankOffer(Message):
+    """One writing rank.
+
+    ``writes[w]`` is, for worker ``w`` of the init_transfer answer, a packed
+    ``list[tuple[int, int, int]]`` of (region, offset, nbytes): what this rank will write there.
+    An empty string: it writes nothing there.
+    """
+
+    rank: Annotated[int, Field(ge=0)]
+    metadata: str
+    writes: list[Packed]
+
+
+class ConnectRequest(Message):
+    """``POST /connect``: rendezvous, round 2."""
+
+    session: Id
+    epoch: int
+    ranks: Annotated[list[RankOffer], Field(min_length=1)]
+    timeout_s: Seconds = 300.0
+
+
+class BeginRequest(Message):
+    """``POST /begin_update``: the engine is paused; the writes come next."""
+
+    session: Id
+    epoch: int
+    push_id: Id
+    version: Version
+    timeout_s: Seconds = 60.0
+
+
+class RankDigests(Message):
+    """``digests[w]``: packed ``list[bytes]``, one 16-byte digest a write of ``RankOffer.writes[w]``."""
+
+    rank: Annotated[int, Field(ge=0)]
+    digests: list[Packed]
+
+
+class CommitRequest(Message):
+    """``POST /commit_update``: all writes have completed at the trainer."""
+
+    session: Id
+    epoch: int
+    push_id: Id
+    version: Version
+    ranks: list[RankDigests]
+    reset_prefix_cache: bool = True
+    timeout_s: Seconds = 300.0
+
+
+class AbortRequest(Message):
+    """``POST /abort_update``.  ``wrote``: whether a write may have been posted."""
+
+    session: Id
+    push_id: Id
+    reason: Annotated[str, StringConstraints(max_length=4096)] = ""
+
+
+class AttachRequest(Message):
+    """``POST /attach``: (re)join the engine.  ``proof`` ``full`` compares all bytes."""
+
+    proof: Literal["windows", "full"] = "windows"
+    timeout_s: Seconds = 600.0
+
+
+class StepResponse(Message):
+    """Answer to pause, resume, begin, commit and abort.
+
+    ``seconds`` holds the parts that the agent and its slowest worker measured.
+    """
+
+    state: str
+    version: Version
+    seconds: dict[str, float] = {}
+
+
+class Refusal(Message):
+    """A kernel tensor that cannot be written, and why."""
+
+    tensor: str
+    reason: str
+
+
+# ---------------------------------------------------------------- agent <-> worker
+
+
+class WorkerCommand(Message):
+    """One call of the agent to every worker, fanned out by the engine.
+
+    The worker answers by ``POST reply_url`` with a :class:`WorkerReply`, in at most ``timeout_s``.
+    """
+
+    call_id: Id
+    op: Literal[
+        "describe", "attach", "layout", "connect", "begin", "commit", "abort", "close", "checksums"
+    ]
+    reply_url: str
+    timeout_s: Seconds
+    body: Packed = ""
+
+
+class WorkerReply(Message):
+    """A worker's answer: ``body`` on success, ``problem`` (problem details) on failure."""
+
+    call_id: Id
+    place: str
+    instance: str
+    workers: Annotated[int, Field(ge=1)]
+    body: Packed = ""
+    problem: dict[str, object] | None = None
