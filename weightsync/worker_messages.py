@@ -1,0 +1,139 @@
+"""Bodies of the calls between agent and worker, packed with :mod:`weightsync.codec`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from weightsync.layout import WorkerLayout
+from weightsync.manifest import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class DescribeReply:
+    """What a worker is and what it holds.
+
+    ``dirty``: a push began and did not commit; the live weights may not be whole.
+    ``checkpoint``: whether the weights that it started with are on disk, to prove against.
+    """
+
+    place: str
+    instance: str
+    engine: str
+    engine_version: str
+    version: int
+    dirty: bool
+    epoch: int
+    pid: int
+    checkpoint: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AttachBody:
+    """``proof``: ``windows`` or ``full``."""
+
+    proof: str
+
+
+@dataclass(frozen=True, slots=True)
+class AttachReply:
+    """Counts of kernel tensors by mode, what was refused, and warnings for a person."""
+
+    kernel_tensors: int
+    direct: int
+    staged: int
+    refusals: list[tuple[str, str]]
+    warnings: list[str]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutBody:
+    """Trace and register for this manifest under a new epoch."""
+
+    epoch: int
+    session: str
+    manifest: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutReply:
+    """Where the bytes go, and how to reach this worker."""
+
+    transport: str
+    metadata: bytes
+    layout: WorkerLayout
+
+
+@dataclass(frozen=True, slots=True)
+class RankWrites:
+    """What one rank will write here: (region, offset, nbytes) each."""
+
+    rank: int
+    metadata: bytes
+    writes: list[tuple[int, int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectBody:
+    """Rendezvous, round 2."""
+
+    epoch: int
+    ranks: list[RankWrites]
+
+
+@dataclass(frozen=True, slots=True)
+class BeginBody:
+    """The engine is paused and the writes come next."""
+
+    epoch: int
+    version: int
+    push_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RankDigestsBody:
+    """One 16-byte digest a write that the rank declared at connect, in that order."""
+
+    rank: int
+    digests: list[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class CommitBody:
+    """Check, install, refresh."""
+
+    epoch: int
+    version: int
+    push_id: str
+    ranks: list[RankDigestsBody]
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CommitReply:
+    """The version that is now real here, and where the time went."""
+
+    version: int
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class AbortBody:
+    """Give the push up."""
+
+    push_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class AbortReply:
+    """``dirty``: live weights may have been written."""
+
+    dirty: bool
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChecksumsReply:
+    """SHA-256 (hex) of the bytes of every final kernel tensor; of opaque ones, of what they compute."""
+
+    sha256: dict[str, str]
