@@ -1,0 +1,51 @@
+# Everything runs in .venv, which each target makes, or brings up to date, where needed.
+SHELL := bash
+BIN := .venv/bin
+PYTEST ?= $(BIN)/pytest
+ARGS ?=
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-slow test-vllm pytest lint format wheel constraints clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: ## make .venv (PYTHON=python3.12 picks the interpreter)
+	@scripts/setup.sh
+
+demo: venv ## push new weights into a real, running vLLM (ARGS="--engine torch" for the small engine)
+	$(BIN)/weightsync demo $(ARGS)
+
+test: lint pytest ## lint, types, import contracts, and the tests that CI runs
+
+pytest: venv ## the tests alone (ARGS="tests/agent -k pause")
+	$(PYTEST) $(ARGS)
+
+test-vllm: venv ## the tests that start a real vLLM (minutes)
+	$(PYTEST) -m "vllm and not slow" $(ARGS)
+
+test-slow: venv ## the tests that are too slow for CI, vLLM's among them (many minutes)
+	$(PYTEST) -m slow $(ARGS)
+
+lint: venv ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: venv ## sort imports, apply safe fixes, format
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+wheel: venv ## build the wheel into dist/
+	$(BIN)/python -m build --wheel --no-isolation
+
+constraints: venv ## pin what .venv holds now
+	{ sed -n '/^#/p' requirements/constraints.txt; \
+	  $(BIN)/python -m pip list --format=freeze --exclude-editable | sed 's/+.*//'; } \
+	  > requirements/constraints.new
+	mv requirements/constraints.new requirements/constraints.txt
+
+clean: ## remove builds and caches (.venv stays)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .demo
