@@ -195,6 +195,8 @@ class WorkerCommand(Message):
     """One call of the agent to every worker, fanned out by the engine.
 
     The worker answers by ``POST reply_url`` with a :class:`WorkerReply`, in at most ``timeout_s``.
+    ``body`` is for all workers; where it differs (connect and commit to more than one worker),
+    ``bodies`` holds one for each place instead.
     """
 
     call_id: Id
@@ -204,6 +206,11 @@ class WorkerCommand(Message):
     reply_url: str
     timeout_s: Seconds
     body: Packed = ""
+    bodies: dict[str, Packed] = {}
+
+    def body_for(self, place: str) -> Packed:
+        """The packed body that the worker at ``place`` is meant to read."""
+        return self.bodies.get(place, self.body)
 
 
 class WorkerReply(Message):
