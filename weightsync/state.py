@@ -1,0 +1,340 @@
+"""The agent's state: events in, a new state and effects out.  Pure: no I/O, no clock, no threads.
+
+``detached -> ready(v) -> paused(v) -> receiving(v->w) -> paused(w) -> ready(w)``, and
+``receiving -> torn`` when a push fails that may have touched live weights.  What a caller asks for
+is an event named ``...Asked``; :func:`step` refuses it with a
+:class:`~weightsync.errors.StateError` and changes nothing, or returns the effects that the agent
+has to carry out.  How an effect ended comes back as another event.
+
+The one rule above all others (WS-4): ``RESUME`` is asked for only where every worker last said
+that its weights are whole and of one version.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+from weightsync.errors import (
+    EngineDetachedError,
+    EnginePausedError,
+    EngineTornError,
+    NoSessionError,
+    PushInProgressError,
+    StaleEpochError,
+    StaleVersionError,
+    StateError,
+)
+from weightsync.state_events import (
+    AbortAsked,
+    Aborted,
+    AttachAsked,
+    Attached,
+    BeginAsked,
+    CommitAsked,
+    Committed,
+    ConnectAsked,
+    Connected,
+    EngineLost,
+    Event,
+    InitAsked,
+    Outcome,
+    PauseAsked,
+    Paused,
+    PauseFailed,
+    PushFailed,
+    ResumeAsked,
+    Resumed,
+    SessionOpened,
+)
+
+Phase = Literal["detached", "ready", "paused", "receiving", "torn"]
+
+
+class Effect(enum.Enum):
+    """What the agent has to do next, in the order given."""
+
+    ATTACH = "attach"
+    PAUSE = "pause"
+    RESUME = "resume"
+    OPEN = "layout"
+    CONNECT = "connect"
+    BEGIN = "begin"
+    COMMIT = "commit"
+    ABORT = "abort"
+    CLOSE = "close"
+
+
+@dataclass(frozen=True, slots=True)
+class AgentState:
+    """Everything that decides which calls are legal.
+
+    Attributes:
+        phase: See the module's docstring.
+        version: The last version that was whole on every worker.
+        target: Receiving: the version that is coming.  Torn: the interrupted one, if known.
+        owner: The push that holds the engine; None with ``paused``: it was paused by hand.
+        session: The open rendezvous.
+        epoch: The last epoch that was given out; it only grows.
+        connected: Whether the session has finished round 2.
+    """
+
+    phase: Phase = "detached"
+    version: int = 0
+    target: int | None = None
+    owner: str | None = None
+    session: str | None = None
+    epoch: int = 0
+    connected: bool = False
+
+
+class Step(NamedTuple):
+    """A new state and what to do about it."""
+
+    state: AgentState
+    effects: tuple[Effect, ...] = ()
+
+
+def step(state: AgentState, event: Event) -> Step:
+    """The state after ``event``, and the effects to carry out.
+
+    Raises:
+        StateError: The call is illegal now; nothing changed.
+    """
+    match event:
+        case AttachAsked():
+            if state.phase != "detached":
+                _refuse_other_push(state, None)
+            return Step(state, (Effect.ATTACH,))
+        case PauseAsked(push_id):
+            return _pause(state, push_id)
+        case ResumeAsked(push_id):
+            return _resume(state, push_id)
+        case InitAsked():
+            _refuse_detached(state)
+            _refuse_other_push(state, None)
+            ended = replace(_without_session(state), epoch=state.epoch + 1)
+            return Step(ended, (Effect.OPEN,))
+        case ConnectAsked(session, epoch):
+            _refuse_detached(state)
+            _refuse_other_push(state, None)
+            _check_session(state, session, epoch)
+            return Step(replace(state, connected=False), (Effect.CONNECT,))
+        case BeginAsked():
+            return _begin(state, event)
+        case CommitAsked():
+            return _commit(state, event)
+        case AbortAsked(push_id):
+            return _abort(state, push_id)
+        case _:
+            return _outcome(state, event)
+
+
+# ------------------------------------------------------------------ asks
+
+
+def _pause(state: AgentState, push_id: str | None) -> Step:
+    _refuse_detached(state)
+    _refuse_other_push(state, push_id)
+    if state.phase in ("ready", "torn"):  # torn: the pause is made sure of before a repair
+        return Step(state, (Effect.PAUSE,))
+    if state.phase == "paused" and state.owner != push_id:
+        raise EnginePausedError(
+            "the engine was paused by hand", hint="POST /resume without push_id first"
+        )
+    return Step(state)
+
+
+def _resume(state: AgentState, push_id: str | None) -> Step:
+    _refuse_detached(state)
+    if state.phase == "torn":
+        raise EngineTornError(
+            f"the engine holds weights that are not whole ({_torn_between(state)})",
+            hint="push again, all of it, with a new rendezvous; or restart the engine",
+        )
+    if state.phase == "ready":
+        return Step(state)
+    _refuse_other_push(state, push_id)
+    if state.phase == "receiving":
+        raise PushInProgressError(
+            f"push {state.owner} is writing version {state.target}",
+            hint="POST /commit_update or /abort_update first",
+        )
+    if state.owner != push_id:
+        raise EnginePausedError(
+            "the engine was paused by hand, only a resume by hand ends that",
+            hint="POST /resume without push_id",
+        )
+    return Step(state, (Effect.RESUME,))
+
+
+def _begin(state: AgentState, ask: BeginAsked) -> Step:
+    _refuse_detached(state)
+    _refuse_other_push(state, ask.push_id)
+    _check_session(state, ask.session, ask.epoch)
+    if not state.connected:
+        raise NoSessionError(
+            f"session {ask.session} has not finished its rendezvous", hint="POST /connect first"
+        )
+    if state.phase == "receiving":
+        raise StateError(
+            f"push {ask.push_id} has begun already, with version {state.target}",
+            hint="a push has one version",
+        )
+    if state.owner is None and state.phase == "paused":
+        raise EnginePausedError(
+            "the engine was paused by hand", hint="POST /resume without push_id first"
+        )
+    if state.owner is None:  # WS-1: nothing is written while the engine may run
+        raise StateError(
+            f"push {ask.push_id} has not paused the engine",
+            hint="POST /pause with this push_id first",
+        )
+    # Only a torn engine may be given its interrupted version again; the new epoch keeps the
+    # notifications of the two apart (WS-2).
+    again = state.phase == "torn" and state.target is not None
+    lowest = state.target if again and state.target is not None else state.version + 1
+    if ask.version < lowest:
+        raise StaleVersionError(
+            f"version {ask.version} is too old: the engine holds {state.version}",
+            hint=f"push version {lowest} or later",
+            current=state.version,
+            lowest=lowest,
+        )
+    return Step(replace(state, phase="receiving", target=ask.version), (Effect.BEGIN,))
+
+
+def _commit(state: AgentState, ask: CommitAsked) -> Step:
+    _refuse_detached(state)
+    _refuse_other_push(state, ask.push_id)
+    if state.phase == "torn":
+        raise EngineTornError(
+            f"push {ask.push_id} is over, the engine is torn", hint="push again, all of it"
+        )
+    _check_session(state, ask.session, ask.epoch)
+    if state.phase != "receiving" or state.target != ask.version:
+        raise StateError(
+            f"push {ask.push_id} has not begun version {ask.version}: the engine is {state.phase}",
+            hint="POST /begin_update first",
+        )
+    return Step(state, (Effect.COMMIT,))
+
+
+def _abort(state: AgentState, push_id: str) -> Step:
+    _refuse_detached(state)
+    _refuse_other_push(state, push_id)
+    if state.owner is None:  # nothing here knows of that push (any more)
+        return Step(state)
+    if state.phase == "receiving":
+        return Step(state, (Effect.ABORT,))
+    if state.phase == "paused":
+        return Step(state, (Effect.RESUME,))
+    return Step(replace(state, owner=None))  # torn: a repair that never began
+
+
+# ------------------------------------------------------------------ outcomes
+
+
+def _outcome(state: AgentState, event: Outcome) -> Step:
+    if isinstance(event, Attached):
+        return _attached(state, event)
+    if isinstance(event, EngineLost):
+        return Step(replace(state, phase="detached"))
+    if state.phase == "detached":
+        return Step(state)  # the answer of an engine that is gone: the next describe tells
+    match event:
+        case Paused(push_id) if state.phase == "ready":
+            return Step(replace(state, phase="paused", owner=push_id))
+        case Paused(push_id) if state.phase == "torn":
+            return Step(replace(state, owner=push_id))
+        case PauseFailed(push_id) if state.phase == "ready":
+            # paused until proven otherwise; if the resume fails too, the push's idle deadline or
+            # a person tries again
+            return Step(replace(state, phase="paused", owner=push_id), (Effect.RESUME,))
+        case Resumed() if state.phase == "paused":
+            return Step(replace(state, phase="ready", owner=None))
+        case SessionOpened(session, epoch) if epoch == state.epoch:
+            return Step(replace(state, session=session))
+        case Connected(epoch) if epoch == state.epoch and state.session is not None:
+            return Step(replace(state, connected=True))
+        case Committed(version) if state.phase == "receiving" and version == state.target:
+            return Step(replace(state, phase="paused", version=version, target=None))
+        case PushFailed(reachable) if state.phase == "receiving":
+            if reachable:
+                return Step(state, (Effect.ABORT,))
+            return Step(_torn(state))
+        case Aborted(versions, dirty) if state.phase == "receiving":
+            if dirty or len(versions) != 1:
+                return Step(_torn(state), (Effect.CLOSE,) if versions else ())
+            # WS-8: a late write of this push must find its registrations gone, so the epoch ends
+            # even where nothing was touched
+            whole = replace(_without_session(state), phase="paused", target=None)
+            return Step(replace(whole, version=min(versions)), (Effect.CLOSE, Effect.RESUME))
+        case _:
+            return Step(state)
+
+
+def _attached(state: AgentState, event: Attached) -> Step:
+    interrupted = state.target is not None
+    going_on = event.same and event.epoch == state.epoch and not interrupted
+    known = replace(state, epoch=max(state.epoch, event.epoch), version=min(event.versions))
+    if not going_on:
+        known = _without_session(known)
+    if event.dirty or len(event.versions) != 1:
+        mixed = max(event.versions) if len(event.versions) != 1 else None
+        target = state.target if event.same and interrupted else mixed
+        torn = replace(_without_session(known), phase="torn", owner=None, target=target)
+        close = (Effect.CLOSE,) if event.same and state.session is not None else ()
+        # a torn engine that runs is stopped at once (WS-4)
+        return Step(torn, close if event.paused else (Effect.PAUSE, *close))
+    if event.paused:
+        owner = state.owner if event.same and state.phase != "torn" else None
+        return Step(replace(known, phase="paused", target=None, owner=owner))
+    return Step(replace(known, phase="ready", target=None, owner=None))
+
+
+def _without_session(state: AgentState) -> AgentState:
+    return replace(state, session=None, connected=False)
+
+
+def _torn(state: AgentState) -> AgentState:
+    return replace(_without_session(state), phase="torn", owner=None)
+
+
+def _torn_between(state: AgentState) -> str:
+    target = "an unknown version" if state.target is None else f"version {state.target}"
+    return f"version {state.version}, interrupted by {target}"
+
+
+# ------------------------------------------------------------------ refusals
+
+
+def _refuse_detached(state: AgentState) -> None:
+    if state.phase == "detached":
+        raise EngineDetachedError(
+            "the agent has no engine", hint="GET /status tells why; the agent keeps trying"
+        )
+
+
+def _refuse_other_push(state: AgentState, push_id: str | None) -> None:
+    if state.owner is not None and state.owner != push_id:
+        raise PushInProgressError(
+            f"push {state.owner} holds the engine",
+            hint="wait for it; if its trainer is gone, the agent gives it up after a while",
+            push_id=state.owner,
+        )
+
+
+def _check_session(state: AgentState, session: str, epoch: int) -> None:
+    if state.session == session and state.epoch == epoch:
+        return
+    if 0 < epoch <= state.epoch:
+        raise StaleEpochError(
+            f"epoch {epoch} of session {session} is over (the last one is {state.epoch})",
+            hint="make a new rendezvous: POST /init_transfer with a new session",
+            epoch=state.epoch,
+        )
+    raise NoSessionError(
+        f"no session {session} with epoch {epoch} here", hint="POST /init_transfer first"
+    )

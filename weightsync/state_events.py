@@ -1,0 +1,161 @@
+"""The events of the agent's state machine, :mod:`weightsync.state`.
+
+Those called ``...Asked`` are what a caller wants and may be refused; the others tell what became
+of an effect, or of the engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# ------------------------------------------------------------------ what callers ask for
+
+
+@dataclass(frozen=True, slots=True)
+class AttachAsked:
+    """(Re)join the engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class PauseAsked:
+    """Stop generation; ``push_id`` None: by hand."""
+
+    push_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeAsked:
+    """Start generation; ``push_id`` None: by hand."""
+
+    push_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class InitAsked:
+    """Rendezvous, round 1: a new epoch."""
+
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectAsked:
+    """Rendezvous, round 2."""
+
+    session: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class BeginAsked:
+    """The writes come next."""
+
+    session: str
+    epoch: int
+    push_id: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class CommitAsked:
+    """The writes are done."""
+
+    session: str
+    epoch: int
+    push_id: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class AbortAsked:
+    """Give the push up.  Also what the agent asks itself when a push fell silent."""
+
+    push_id: str
+
+
+# ------------------------------------------------------------------ what became of it
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLost:
+    """The engine does not answer, or is another process than before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """All workers said what they hold.
+
+    ``same``: they are the processes that the agent knew before.
+    """
+
+    versions: frozenset[int]
+    dirty: bool
+    paused: bool
+    epoch: int
+    same: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """Generation stopped; the engine is drained and its devices idle."""
+
+    push_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class PauseFailed:
+    """The engine may or may not be paused."""
+
+    push_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """Generation runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOpened:
+    """Every worker made its layout for this session's epoch."""
+
+    session: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """Every worker took in the ranks."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The version is real on every worker."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class PushFailed:
+    """Begin or commit failed.  ``reachable``: every worker answered, so they can be asked."""
+
+    reachable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Aborted:
+    """What the workers hold after an abort; no ``versions``: they could not be asked."""
+
+    versions: frozenset[int]
+    dirty: bool
+
+
+Ask = (
+    AttachAsked | PauseAsked | ResumeAsked | InitAsked | ConnectAsked | BeginAsked | CommitAsked
+    | AbortAsked
+)  # fmt: skip
+Outcome = (
+    EngineLost | Attached | Paused | PauseFailed | Resumed | SessionOpened | Connected | Committed
+    | PushFailed | Aborted
+)  # fmt: skip
+Event = Ask | Outcome
