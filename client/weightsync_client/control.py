@@ -1,0 +1,264 @@
+"""The control client: HTTP to every agent at once, over connections that stay open.
+
+Only here are httpx's exceptions seen; what leaves is of :mod:`weightsync.errors` and names the
+agent.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures as cf
+import json
+import ssl
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import httpx
+import pydantic
+
+from weightsync.errors import (
+    AgentUnreachableError,
+    DeadlineError,
+    InputError,
+    ProtocolMismatchError,
+    WeightSyncError,
+    from_problem,
+)
+from weightsync.protocol import Message
+from weightsync_client.settings import Deadlines
+
+T = TypeVar("T")
+M = TypeVar("M", bound=Message)
+
+#: bytes of one answer: layouts of the largest models are far below
+MAX_ANSWER_NBYTES = 1 << 30
+#: the kernel refuses more threads long before a fleet needs them; further agents queue
+MAX_THREADS = 64
+
+# The server may close an idle connection while a request is on its way.  Every POST is idempotent
+# by its push_id or session, so one repeat is safe.
+_CONNECTION_LOST = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError, httpx.CloseError)
+
+
+class Agent:
+    """One agent's calls.  ``index`` is its place in the fleet."""
+
+    def __init__(self, index: int, url: str, http: httpx.Client, deadlines: Deadlines) -> None:
+        self.index = index
+        self.url = url
+        self._http = http
+        self._deadlines = deadlines
+
+    def get(self, path: str, *, timeout_s: float) -> dict[str, Any]:
+        """The JSON object at ``path``.
+
+        Raises:
+            WeightSyncError: See :meth:`post`.
+        """
+        answer = self._request("GET", path, None, timeout_s)
+        if not isinstance(answer, dict):
+            raise self._not_an_agent(f"GET {path} answered {type(answer).__name__}, not an object")
+        return answer
+
+    def post(self, path: str, message: Message, kind: type[M], *, timeout_s: float) -> M:
+        """Send ``message``; return the answer as ``kind``.
+
+        Raises:
+            WeightSyncError: Whatever the agent's problem details say, as the class of their code.
+            AgentUnreachableError: No connection, or it broke twice, or no agent answers there.
+            DeadlineError: No whole answer ``timeout_s`` (and the grace) after the call.
+            ProtocolMismatchError: The answer is not a ``kind``.
+        """
+        body = message.model_dump_json(exclude_none=True).encode()
+        answer = self._request("POST", path, body, timeout_s)
+        try:
+            return kind.model_validate(answer)
+        except pydantic.ValidationError as error:
+            raise ProtocolMismatchError(
+                f"agent {self.url} answered POST {path} with what is no {kind.__name__}: {error}",
+                hint="trainer and agent must have the same version of weightsync",
+                agent=self.url,
+            ) from error
+
+    def _request(self, method: str, path: str, body: bytes | None, timeout_s: float) -> Any:
+        deadline = time.monotonic() + timeout_s + self._deadlines.grace_s
+        call = f"{method} {path}"
+        for attempt in (1, 2):
+            try:
+                status, raw = self._exchange(method, path, body, deadline)
+                break
+            except _CONNECTION_LOST as error:
+                if attempt == 2:
+                    raise AgentUnreachableError(
+                        f"agent {self.url} closed the connection in {call}: {error}",
+                        hint="look at the agent's log; it may have been restarted",
+                        agent=self.url,
+                    ) from error
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                raise AgentUnreachableError(
+                    f"agent {self.url} does not answer {call}: {error}",
+                    hint="start weightsync-agent there, and check host, port and firewall",
+                    agent=self.url,
+                ) from error
+            except httpx.TimeoutException as error:
+                raise DeadlineError(
+                    f"agent {self.url} did not answer {call} in {timeout_s:g} s",
+                    hint="look at the agent's /status and log; raise Deadlines if it only is slow",
+                    agent=self.url,
+                    timeout_s=timeout_s,
+                ) from error
+        return self._decode(call, status, raw)
+
+    def _exchange(
+        self, method: str, path: str, body: bytes | None, deadline: float
+    ) -> tuple[int, bytes]:
+        left = max(deadline - time.monotonic(), 0.001)
+        timeout = httpx.Timeout(left, connect=min(left, self._deadlines.connect_s))
+        headers = {"Content-Type": "application/json"} if body is not None else {}
+        chunks: list[bytes] = []
+        nbytes = 0
+        with self._http.stream(
+            method, self.url + path, content=body, headers=headers, timeout=timeout
+        ) as response:
+            for chunk in response.iter_bytes():
+                chunks.append(chunk)
+                nbytes += len(chunk)
+                # httpx's timeout starts anew with every chunk; this one does not (WS-6)
+                if time.monotonic() > deadline:
+                    raise httpx.ReadTimeout("the answer trickles")
+                if nbytes > MAX_ANSWER_NBYTES:
+                    raise self._not_an_agent(
+                        f"{method} {path} answered over {MAX_ANSWER_NBYTES} bytes"
+                    )
+            return response.status_code, b"".join(chunks)
+
+    def _decode(self, call: str, status: int, raw: bytes) -> Any:
+        try:
+            answer = json.loads(raw)
+        except ValueError:
+            text = raw[:200].decode("utf-8", "replace")
+            raise self._not_an_agent(f"{call} answered HTTP {status}: {text!r}") from None
+        if 200 <= status < 300:
+            return answer
+        if not isinstance(answer, dict) or "code" not in answer:
+            raise self._not_an_agent(f"{call} answered HTTP {status}: {raw[:200]!r}")
+        error = from_problem(answer)
+        error.message = f"agent {self.url}: {error.message}"
+        error.args = (error.message,)
+        error.context.setdefault("agent", self.url)
+        raise error
+
+    def _not_an_agent(self, what: str) -> AgentUnreachableError:
+        return AgentUnreachableError(
+            f"{self.url}: {what}",
+            hint="is it a weightsync-agent that listens there?",
+            agent=self.url,
+        )
+
+
+class Fleet:
+    """All agents of a publisher.  A context manager; ``close`` ends the connections.
+
+    Args:
+        urls: ``http(s)://host:port`` of each agent.
+        token: Bearer token; None: none is sent.
+        verify: True, or the TLS context to check the agents' certificates with.
+
+    Raises:
+        InputError: No agents, one twice, or what is no such address.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        token: str | None,
+        deadlines: Deadlines,
+        verify: ssl.SSLContext | bool = True,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        checked = [_checked_url(u) for u in ([urls] if isinstance(urls, str) else urls)]
+        if not checked or len(set(checked)) != len(checked):
+            raise InputError(
+                f"agents must be one or more different addresses, got {list(urls)}",
+                hint='for example Publisher(["http://127.0.0.1:9100"])',
+            )
+        # The environment's proxies are for the internet, not for the fleet (trust_env).
+        self._http = httpx.Client(
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            limits=httpx.Limits(max_keepalive_connections=None, keepalive_expiry=60.0),
+            trust_env=False,
+            verify=verify,
+            transport=transport,
+        )
+        self.agents = tuple(Agent(i, u, self._http, deadlines) for i, u in enumerate(checked))
+        self._threads: cf.ThreadPoolExecutor | None = None
+
+    def each(self, call: Callable[[Agent], T]) -> list[T]:
+        """``call`` of every agent, all at once; the answers in the fleet's order.
+
+        Every call is finished when this returns or raises; only a KeyboardInterrupt leaves some
+        running, each for at most its own deadline.
+
+        Raises:
+            WeightSyncError: The first agent's error; those of others are notes on it.
+        """
+        if len(self.agents) == 1:  # in this thread, so that Ctrl-C ends the wait at once
+            return [call(self.agents[0])]
+        if self._threads is None:
+            self._threads = cf.ThreadPoolExecutor(
+                min(len(self.agents), MAX_THREADS), thread_name_prefix="weightsync"
+            )
+        running = [self._threads.submit(call, agent) for agent in self.agents]
+        cf.wait(running)  # each ends at its own deadline
+        errors = [e for f in running if (e := f.exception()) is not None]
+        for other in errors[1:]:
+            errors[0].add_note(f"also: {type(other).__name__}: {other}")
+        if errors:
+            raise errors[0]
+        return [f.result() for f in running]
+
+    def each_safely(self, call: Callable[[Agent], None]) -> list[str]:
+        """Like :meth:`each`, but what fails comes back as text: for cleaning up after a failure."""
+        failures: list[str] = []
+
+        def guarded(agent: Agent) -> None:
+            try:
+                call(agent)
+            except WeightSyncError as error:
+                failures.append(str(error))
+
+        self.each(guarded)
+        return failures
+
+    def close(self) -> None:
+        """End all connections.  Safe to call twice."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False)
+        self._http.close()
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _checked_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in {"http", "https"} and parts.hostname and (parts.port or True)
+    except ValueError:
+        good = False
+    if not good or parts.query or parts.fragment:
+        raise InputError(
+            f"not an agent's address: {url!r}", hint="write it as http://HOST:PORT", agent=url
+        )
+    return url.rstrip("/")

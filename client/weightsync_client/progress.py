@@ -1,0 +1,128 @@
+"""How a push shows itself while it runs: a live line in a terminal, log lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Literal, Protocol
+
+from rich.console import Console
+from rich.status import Status
+
+from weightsync_client.report import PushReport, human_bytes, human_seconds
+
+ProgressKind = Literal["auto", "terminal", "log", "off"]
+
+_log = logging.getLogger("weightsync.publisher")
+
+
+class Progress(Protocol):
+    """Told of a push by the publisher, from one thread; none of this may raise."""
+
+    def started(self, phase: str, version: int) -> None:
+        """A phase starts.  The version is 0 until it is known."""
+
+    def ended(self, phase: str, version: int, push_id: str, seconds: float, nbytes: int) -> None:
+        """A phase ended well."""
+
+    def done(self, report: PushReport) -> None:
+        """The push is over, well."""
+
+    def failed(self, phase: str, version: int, push_id: str, error: BaseException) -> None:
+        """The push is over, not well."""
+
+
+class LogProgress:
+    """One log line a phase, ``key=value``, on the logger ``weightsync.publisher``."""
+
+    def started(self, phase: str, version: int) -> None:
+        """Nothing: a phase is logged when its time is known."""
+
+    def ended(self, phase: str, version: int, push_id: str, seconds: float, nbytes: int) -> None:
+        """Log the phase's time."""
+        _log.info(
+            "push phase=%s version=%d push_id=%s seconds=%.6f nbytes=%d",
+            phase, version, push_id, seconds, nbytes,
+        )  # fmt: skip
+
+    def done(self, report: PushReport) -> None:
+        """Log the whole push."""
+        _log.info(
+            "push phase=done version=%d push_id=%s seconds=%.6f nbytes=%d paused_s=%.6f "
+            "rate_bytes_per_s=%.0f agents=%d",
+            report.version, report.push_id, report.total_s, report.nbytes, report.paused_s,
+            report.rate_bytes_per_s, len(report.agents),
+        )  # fmt: skip
+
+    def failed(self, phase: str, version: int, push_id: str, error: BaseException) -> None:
+        """Log what ended the push."""
+        _log.error(
+            "push phase=%s version=%d push_id=%s failed=%s error=%s",
+            phase, version, push_id, type(error).__name__, error,
+        )  # fmt: skip
+
+
+class TerminalProgress:
+    """A spinner that names the phase; one line that stays, a push."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = Console(stderr=True) if console is None else console
+        self._status: Status | None = None
+
+    def started(self, phase: str, version: int) -> None:
+        """Show the phase."""
+        text = f"[bold]weightsync[/] v{version} · {phase}" if version else f"weightsync · {phase}"
+        if self._status is None:
+            self._status = self._console.status(text)
+            self._status.start()
+        else:
+            self._status.update(text)
+
+    def ended(self, phase: str, version: int, push_id: str, seconds: float, nbytes: int) -> None:
+        """Nothing: the next phase takes the line."""
+
+    def done(self, report: PushReport) -> None:
+        """Leave one line with the push's times."""
+        self._stop()
+        steps = " · ".join(
+            f"{p} {human_seconds(getattr(report, f'{p}_s'))}"
+            for p in ("fill", "pause", "write", "commit", "resume")
+        )
+        self._console.print(
+            f"[bold green]✓ v{report.version}[/]  {human_bytes(report.nbytes)}  "
+            f"[bold]paused {human_seconds(report.paused_s)}[/]  "
+            f"[dim]{steps}[/]  {human_bytes(report.rate_bytes_per_s)}/s",
+            highlight=False,
+        )
+
+    def failed(self, phase: str, version: int, push_id: str, error: BaseException) -> None:
+        """Leave one line with what went wrong."""
+        self._stop()
+        self._console.print(f"✗ v{version} failed in {phase}: {error}", style="red", markup=False)
+
+    def _stop(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+
+class NoProgress(LogProgress):
+    """Silence."""
+
+    def ended(self, phase: str, version: int, push_id: str, seconds: float, nbytes: int) -> None:
+        """Nothing."""
+
+    def done(self, report: PushReport) -> None:
+        """Nothing."""
+
+    def failed(self, phase: str, version: int, push_id: str, error: BaseException) -> None:
+        """Nothing: the error itself says it."""
+
+
+def make_progress(kind: ProgressKind) -> Progress:
+    """``auto`` is ``terminal`` where stderr is one, else ``log``."""
+    if kind == "auto":
+        kind = "terminal" if sys.stderr.isatty() else "log"
+    if kind == "terminal":
+        return TerminalProgress()
+    return LogProgress() if kind == "log" else NoProgress()

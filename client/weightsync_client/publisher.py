@@ -1,0 +1,149 @@
+"""``Publisher.push(model)``: the whole life of most trainers."""
+
+from __future__ import annotations
+
+import ssl
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from weightsync.errors import InputError, NoSessionError, PushInProgressError, StaleEpochError
+from weightsync.protocol import PauseMode
+from weightsync.transport.base import Transport
+from weightsync_client.control import Fleet
+from weightsync_client.progress import ProgressKind, make_progress
+from weightsync_client.push import Open, Push, PushSettings, fleet_status
+from weightsync_client.report import PushReport
+from weightsync_client.settings import Deadlines, token_from_env
+from weightsync_client.source import WeightSource, as_source
+
+Weights = nn.Module | Mapping[str, torch.Tensor] | WeightSource
+
+
+class Publisher:
+    """Pushes a model's weights into every engine of a fleet, whole or not at all.
+
+    It connects at the first push.  A context manager; one that is not closed is closed at exit.
+    One thread pushes at a time.
+
+    Args:
+        agents: ``http://host:port`` of each agent.
+        token: The agents' bearer token; default: ``WEIGHTSYNC_TOKEN``.
+        transport: ``nixl``, or what makes a :class:`weightsync.transport.base.Transport` with a
+            name of its own, once an epoch.
+        check_finite: Refuse weights that are NaN or infinite, before anything is sent.
+        pause_mode: What happens to running requests: they are kept and go on afterwards
+            (``keep``), are finished first (``wait``), or end (``abort``).
+        deadlines: Of every wait.
+        progress: ``terminal``, ``log``, ``off``, or ``auto``: a terminal if stderr is one.
+        ignore: Shell patterns of tensors that an engine may have no use for.
+        verify: True, or the TLS context to check ``https`` agents with.
+
+    Raises:
+        InputError: An address, or anything else here, is wrong.
+    """
+
+    def __init__(
+        self,
+        agents: Sequence[str],
+        *,
+        token: str | None = None,
+        transport: Literal["nixl"] | Callable[[], Transport] = "nixl",
+        check_finite: bool = True,
+        pause_mode: PauseMode = "keep",
+        deadlines: Deadlines | None = None,
+        progress: ProgressKind = "auto",
+        ignore: Sequence[str] = (),
+        verify: ssl.SSLContext | bool = True,
+    ) -> None:
+        if transport != "nixl" and not callable(transport):
+            raise InputError(
+                f"unknown transport {transport!r}", hint='"nixl", or a function that makes one'
+            )
+        deadlines = Deadlines() if deadlines is None else deadlines
+        self._settings = PushSettings(
+            make_transport=_make_nixl if transport == "nixl" else transport,
+            check_finite=check_finite,
+            pause_mode=pause_mode,
+            deadlines=deadlines,
+            ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
+            progress=make_progress(progress),
+        )
+        token = token_from_env() if token is None else token
+        self._held = Open(Fleet(agents, token=token, deadlines=deadlines, verify=verify))
+        self._one_push = threading.Lock()
+        # Also at exit: the transport must let go of the memory before the interpreter does (WS-9).
+        self._close = weakref.finalize(self, self._held.close)
+
+    def push(self, model: Weights, version: int | None = None) -> PushReport:
+        """Make the engines serve these weights.
+
+        The engines generate while the slots are filled, and stand still only for the writes and
+        the commit.  Nothing may change the weights until this returns.
+
+        Args:
+            model: A module, a mapping of checkpoint names to tensors, or a source of your own.
+            version: Must be newer than every engine's; default: the next.
+
+        Raises:
+            NonFiniteError, ManifestError: The weights are wrong; nothing was sent.
+            EnginePausedError: An engine was paused by hand; nothing was sent.
+            WeightSyncError: Anything else.  ``context`` has ``phase``, ``version``, ``push_id``,
+                ``elapsed_s`` and ``agents`` (what became of each), the notes say it to a person.
+                Every agent was told to abort, as it was at a KeyboardInterrupt.
+        """
+        if not self._close.alive:
+            raise InputError("this publisher is closed", hint="make a new one")
+        if not self._one_push.acquire(blocking=False):
+            raise PushInProgressError(
+                "this publisher is in the middle of another push", hint="push from one thread"
+            )
+        try:
+            source = as_source(model)
+            manifest = source.manifest()
+            push = Push(self._held, self._settings, source, manifest, version)
+            try:
+                return push.run()
+            except (StaleEpochError, NoSessionError):
+                # Between our look at the status and begin, the engine was restarted or another
+                # publisher came.  Once more, from the rendezvous on (WS-8).
+                if not push.wrote_nothing:
+                    raise
+                return Push(self._held, self._settings, source, manifest, version).run()
+        finally:
+            self._one_push.release()
+
+    def status(self) -> list[dict[str, Any]]:
+        """Every agent's ``GET /status``, in the order of ``agents``.
+
+        Raises:
+            AgentUnreachableError: One does not answer.
+        """
+        return fleet_status(self._held.fleet, self._settings.deadlines)
+
+    def close(self) -> None:
+        """Release memory and connections; the engines keep what they have.  Safe to call twice."""
+        self._close()
+
+    def __enter__(self) -> Publisher:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _make_nixl() -> Transport:
+    # only here, so that a publisher with another transport needs no NIXL
+    from weightsync.transport.nixl import NixlTransport
+
+    return NixlTransport()

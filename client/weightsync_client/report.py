@@ -1,0 +1,93 @@
+"""What a push tells about itself."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+#: the phases of a push, in order; ``paused`` spans pause to resume
+PHASES = ("rendezvous", "fill", "pause", "begin", "write", "commit", "resume")
+
+
+@dataclass(frozen=True, slots=True)
+class AgentOutcome:
+    """One agent after the push.
+
+    ``seconds`` is what the agent and its slowest worker measured in commit, by part.
+    """
+
+    url: str
+    state: str
+    version: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PushReport:
+    """One push that committed everywhere.  All times are seconds of the trainer's clock.
+
+    Attributes:
+        version: The version that the engines now serve.
+        push_id: The push, as the agents' logs call it.
+        nbytes: Bytes written, over all workers of all agents.
+        rendezvous_s: A new epoch (0 when the last one's handles were used again).
+        fill_s: Cast, pack, finite check and digests; the engine served meanwhile.
+        pause_s: Until every engine was drained.
+        begin_s: Until every worker had checked its tensors.
+        write_s: First post to last completion.
+        commit_s: Digests, installation, prefix cache.
+        resume_s: Until every engine generated again.
+        paused_s: Pause sent to resume answered: what a request may have waited.
+        total_s: The whole call of ``push``.
+        agents: One outcome an agent.
+    """
+
+    version: int
+    push_id: str
+    nbytes: int
+    rendezvous_s: float
+    fill_s: float
+    pause_s: float
+    begin_s: float
+    write_s: float
+    commit_s: float
+    resume_s: float
+    paused_s: float
+    total_s: float
+    agents: tuple[AgentOutcome, ...]
+
+    @property
+    def rate_bytes_per_s(self) -> float:
+        """Bytes written over the seconds of the write phase; 0 if nothing was written."""
+        return self.nbytes / self.write_s if self.nbytes and self.write_s > 0 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: every field, and the rate."""
+        return {**asdict(self), "rate_bytes_per_s": self.rate_bytes_per_s}
+
+    def __str__(self) -> str:
+        parts = " · ".join(
+            f"{p} {human_seconds(s)}" for p in PHASES if (s := getattr(self, f"{p}_s")) > 0
+        )
+        return (
+            f"v{self.version}  {human_bytes(self.nbytes)} to {len(self.agents)} "
+            f"agent{'s' if len(self.agents) > 1 else ''} in {human_seconds(self.total_s)}, "
+            f"paused {human_seconds(self.paused_s)} "
+            f"({human_bytes(self.rate_bytes_per_s)}/s)  {parts}"
+        )
+
+
+def human_seconds(seconds: float) -> str:
+    """``850 µs``, ``61.2 ms``, ``3.45 s``."""
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} µs"
+    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def human_bytes(nbytes: float) -> str:
+    """``512 B``, ``1.2 MB``, ``16.4 GB``: powers of ten, as wires are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"

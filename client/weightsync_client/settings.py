@@ -1,0 +1,52 @@
+"""What a publisher can be told, and the one place on this side that reads the environment."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+
+
+class Deadlines(BaseModel):
+    """How long a publisher waits, in seconds.
+
+    Whatever moves or checks bytes gets its base and, on top of it, the time that those bytes take
+    at ``floor_bytes_per_s`` (WS-6).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    connect_s: Seconds = 5.0
+    """Until an agent's port accepts a connection."""
+    status_s: Seconds = 15.0
+    """``GET /status``."""
+    rendezvous_s: Seconds = 300.0
+    """Each of ``POST /init_transfer`` and ``POST /connect``: the engine traces and registers."""
+    pause_s: Seconds = 60.0
+    """``POST /pause``: running requests are drained or parked."""
+    begin_s: Seconds = 60.0
+    """``POST /begin_update``: every worker checks that no kernel tensor moved."""
+    write_s: Seconds = 30.0
+    """Base of the wait for the writes."""
+    commit_s: Seconds = 120.0
+    """Base of ``POST /commit_update``: every worker compares digests and installs."""
+    resume_s: Seconds = 60.0
+    """``POST /resume``."""
+    abort_s: Seconds = 30.0
+    """``POST /abort_update``, after a failure."""
+    grace_s: Seconds = 5.0
+    """What an answer may take longer than the deadline that the agent itself was given."""
+    floor_bytes_per_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100e6
+    """The slowest rate that still counts as progress, per worker."""
+
+    def for_bytes(self, base_s: float, nbytes: int) -> float:
+        """Seconds for what starts in ``base_s`` and then moves ``nbytes``, a day at most."""
+        return min(base_s + nbytes / self.floor_bytes_per_s, 86_400.0)
+
+
+def token_from_env() -> str | None:
+    """The agents' bearer token as ``WEIGHTSYNC_TOKEN`` has it; None where it is unset or empty."""
+    return os.environ.get("WEIGHTSYNC_TOKEN") or None

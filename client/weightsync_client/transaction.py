@@ -1,0 +1,190 @@
+"""The control calls of one push, in one order over all agents, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+from weightsync.errors import StateError, WeightSyncError
+from weightsync.protocol import (
+    AbortRequest,
+    BeginRequest,
+    CommitRequest,
+    PauseMode,
+    PauseRequest,
+    RankDigests,
+    ResumeRequest,
+    StepResponse,
+)
+from weightsync_client.control import Agent, Fleet
+from weightsync_client.report import AgentOutcome
+from weightsync_client.session import Session
+from weightsync_client.settings import Deadlines
+
+
+class Stage(IntEnum):
+    """How far one agent has come.  Set *before* the call: an answer can get lost."""
+
+    UNTOUCHED = 0
+    PAUSING = 1
+    BEGINNING = 2
+    COMMITTING = 3
+    COMMITTED = 4
+    RESUMED = 5
+
+
+class Transaction:
+    """One push at every agent: pause all, begin all, (write), commit all, resume all.
+
+    The calls are made in that order, each once; after an error only :meth:`abort` may follow.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        session: Session,
+        *,
+        push_id: str,
+        version: int,
+        deadlines: Deadlines,
+        pause_mode: PauseMode,
+    ) -> None:
+        self._fleet = fleet
+        self._session = session
+        self._push_id = push_id
+        self._version = version
+        self._deadlines = deadlines
+        self._pause_mode = pause_mode
+        self.stages = [Stage.UNTOUCHED] * len(fleet.agents)
+        self._seconds: list[dict[str, float]] = [{} for _ in fleet.agents]
+
+    @property
+    def began(self) -> bool:
+        """Whether a begin was sent anywhere: the session must not be used again after a failure."""
+        return any(stage >= Stage.BEGINNING for stage in self.stages)
+
+    def pause(self) -> None:
+        """Stop generation everywhere.
+
+        Raises:
+            EnginePausedError: An engine is paused by hand.
+        """
+
+        def call(agent: Agent) -> None:
+            request = PauseRequest(
+                mode=self._pause_mode, timeout_s=self._deadlines.pause_s, push_id=self._push_id
+            )
+            self.stages[agent.index] = Stage.PAUSING
+            try:
+                agent.post("/pause", request, StepResponse, timeout_s=self._deadlines.pause_s)
+            except StateError:  # refused: nothing changed there, nothing is to be undone
+                self.stages[agent.index] = Stage.UNTOUCHED
+                raise
+
+        self._fleet.each(call)
+
+    def begin(self, *, write_s: float) -> None:
+        """Every worker checks its tensors and expects writes for at most ``write_s``.
+
+        Raises:
+            StaleEpochError, NoSessionError: A new rendezvous is needed; nothing changed.
+            IdentityError: A kernel tensor moved.
+        """
+
+        def call(agent: Agent) -> None:
+            request = BeginRequest(
+                session=self._session.id,
+                epoch=self._session.epochs[agent.index],
+                push_id=self._push_id,
+                version=self._version,
+                timeout_s=max(self._deadlines.begin_s, write_s),
+            )
+            self.stages[agent.index] = Stage.BEGINNING
+            agent.post("/begin_update", request, StepResponse, timeout_s=self._deadlines.begin_s)
+
+        self._fleet.each(call)
+
+    def commit(self, digests: Sequence[RankDigests], *, timeout_s: float) -> None:
+        """Make the version real everywhere.  Every write has completed.
+
+        Raises:
+            VerifyError: The bytes at a worker are not those that were sent.
+        """
+
+        def call(agent: Agent) -> None:
+            request = CommitRequest(
+                session=self._session.id,
+                epoch=self._session.epochs[agent.index],
+                push_id=self._push_id,
+                version=self._version,
+                ranks=[digests[agent.index]],
+                timeout_s=timeout_s,
+            )
+            self.stages[agent.index] = Stage.COMMITTING
+            answer = agent.post("/commit_update", request, StepResponse, timeout_s=timeout_s)
+            self.stages[agent.index] = Stage.COMMITTED
+            self._seconds[agent.index] = answer.seconds
+
+        self._fleet.each(call)
+
+    def resume(self) -> tuple[AgentOutcome, ...]:
+        """Generate again everywhere, with the new weights."""
+        answers = self._fleet.each(self._resume)
+        return tuple(
+            AgentOutcome(agent.url, answer.state, answer.version, self._seconds[agent.index])
+            for agent, answer in zip(self._fleet.agents, answers, strict=True)
+        )
+
+    def abort(self, reason: str) -> list[str]:
+        """Undo what can be undone, at every agent, each in at most its deadline.
+
+        An engine that this push paused and that nothing was written to is resumed.  One that
+        committed holds a whole version: it is resumed with it.  Whatever else an agent calls torn
+        stays paused.
+
+        Returns:
+            What went wrong in doing so.
+        """
+
+        def call(agent: Agent) -> None:
+            stage = self.stages[agent.index]
+            if stage == Stage.COMMITTED:
+                self._resume(agent)
+            elif Stage.PAUSING <= stage <= Stage.COMMITTING:
+                request = AbortRequest(
+                    session=self._session.id, push_id=self._push_id, reason=reason[:4096]
+                )
+                answer = agent.post(
+                    "/abort_update", request, StepResponse, timeout_s=self._deadlines.abort_s
+                )
+                if answer.state == "paused" and stage == Stage.PAUSING:
+                    self._resume(agent)
+
+        return self._fleet.each_safely(call)
+
+    def fates(self) -> list[str]:
+        """What became of each agent, for the error of a push that failed."""
+        told = {
+            Stage.UNTOUCHED: "untouched",
+            Stage.PAUSING: "unchanged",
+            Stage.BEGINNING: "may be torn",
+            Stage.COMMITTING: "may be torn",
+            Stage.COMMITTED: f"has version {self._version}",
+            Stage.RESUMED: f"serves version {self._version}",
+        }
+        return [f"{a.url}: {told[self.stages[a.index]]}" for a in self._fleet.agents]
+
+    def _resume(self, agent: Agent) -> StepResponse:
+        timeout_s = self._deadlines.resume_s
+        answer = agent.post(
+            "/resume", ResumeRequest(push_id=self._push_id), StepResponse, timeout_s=timeout_s
+        )
+        if self.stages[agent.index] == Stage.COMMITTED:
+            self.stages[agent.index] = Stage.RESUMED
+        return answer
+
+
+def describe(error: BaseException) -> str:
+    """The error in a line, for an agent's log."""
+    text = error.message if isinstance(error, WeightSyncError) else str(error)
+    return f"{type(error).__name__}: {text}"
