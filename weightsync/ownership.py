@@ -1,0 +1,182 @@
+"""Who writes what: every element of every checkpoint tensor gets exactly one rank.
+
+Pure and deterministic: each rank computes it by itself and all get the same answer.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from weightsync.dtypes import itemsize
+from weightsync.errors import ManifestError, PlanError
+from weightsync.geometry import Box, StridedCopy
+from weightsync.manifest import Manifest, TensorSpec
+
+#: What every rank holds: for each rank, the boxes of each checkpoint tensor by name.
+Holdings = Sequence[Mapping[str, Sequence[Box]]]
+
+#: (rank, index of its box, that box)
+_Owner = tuple[int, int, Box]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Elements ``window`` of a tensor, written by ``rank`` from its shard ``box``, ``storage``."""
+
+    window: Box
+    rank: int
+    box: int
+    storage: Box
+
+
+class Cells:
+    """The cells of one tensor: disjoint, found by address.  ``numel`` elements are held at all."""
+
+    def __init__(self, shape: tuple[int, ...], cells: Iterable[Cell]) -> None:
+        located = sorted(((_extent(shape, c.window), c) for c in cells), key=lambda pair: pair[0])
+        self.shape = shape
+        self.cells = [cell for _, cell in located]
+        self.numel = sum(cell.window.numel for cell in self.cells)
+        self._starts = [start for (start, _), _ in located]
+        self._reach = list(accumulate((stop for (_, stop), _ in located), max))
+
+    def near(self, copy: StridedCopy) -> Sequence[Cell]:
+        """The cells that ``copy`` may read from, and perhaps others."""
+        if len(self.cells) < 2:
+            return self.cells
+        last = copy.src_offset + sum((n - 1) * s for n, s, _ in copy.dims)
+        first = bisect_right(self._reach, copy.src_offset)
+        return self.cells[first : bisect_right(self._starts, last)]
+
+
+def assign(
+    manifest: Manifest,
+    holdings: Holdings | None,
+    wire_nbytes: Mapping[str, int],
+    *,
+    split_nbytes: int,
+) -> dict[str, Cells]:
+    """Share the tensors of ``wire_nbytes`` out over the ranks that hold them.
+
+    Args:
+        manifest: Shapes of the tensors.
+        holdings: ``None``: one rank, which holds every tensor whole.
+        wire_nbytes: Bytes that will be written from each tensor, for the balance.
+        split_nbytes: What several ranks hold is cut between them into parts of at least this.
+
+    Raises:
+        ManifestError: A rank holds a tensor that the manifest does not have.
+        PlanError: A box does not fit its tensor.
+    """
+    if holdings is None:
+        whole = {name: Box.whole(manifest.by_name[name].shape) for name in wire_nbytes}
+        return {n: Cells(box.hi, [Cell(box, 0, 0, box)]) for n, box in whole.items()}
+    _check(manifest, holdings)
+    found: dict[str, list[Cell]] = {name: [] for name in wire_nbytes}
+    loads = [0] * len(holdings)
+    shared: list[tuple[int, int, Box, list[_Owner]]] = []
+    for order, (name, nbytes) in enumerate(wire_nbytes.items()):
+        spec = manifest.by_name[name]
+        for window, owners in _disjoint(spec, holdings):
+            cost = nbytes * window.numel // spec.numel
+            if len(owners) == 1:
+                rank, index, storage = owners[0]
+                found[name].append(Cell(window, rank, index, storage))
+                loads[rank] += cost
+                continue
+            parts = min(len(owners), max(1, window.numel * itemsize(spec.dtype) // split_nbytes))
+            pieces = _split(window, parts)
+            shared += [(-(cost // len(pieces)), order, piece, owners) for piece in pieces]
+    # Largest first, each to the owner with the least to do so far.
+    names = list(wire_nbytes)
+    for cost, order, window, owners in sorted(shared, key=lambda s: (s[0], s[1], s[2].lo)):
+        rank, index, storage = min(owners, key=lambda owner: (loads[owner[0]], owner[0]))
+        found[names[order]].append(Cell(window, rank, index, storage))
+        loads[rank] -= cost
+    return {name: Cells(manifest.by_name[name].shape, cells) for name, cells in found.items()}
+
+
+def _check(manifest: Manifest, holdings: Holdings) -> None:
+    for rank, held in enumerate(holdings):
+        for name, boxes in held.items():
+            spec = manifest.by_name.get(name)
+            if spec is None:
+                raise ManifestError(
+                    f"rank {rank} holds {name!r}, which is not in the manifest",
+                    hint="declare every checkpoint tensor that a rank holds, on all ranks alike",
+                    rank=rank,
+                    tensor=name,
+                )
+            for box in boxes:
+                if not box.fits(spec.shape):
+                    raise PlanError(
+                        f"rank {rank} holds {list(box.lo)}..{list(box.hi)} of {name!r}, whose "
+                        f"shape is {list(spec.shape)}",
+                        hint="boxes lie within the tensor: 0 <= lo <= hi <= shape",
+                        rank=rank,
+                        tensor=name,
+                    )
+
+
+def _disjoint(spec: TensorSpec, holdings: Holdings) -> list[tuple[Box, list[_Owner]]]:
+    """Disjoint boxes of what is held, each with all ranks that hold it, once a rank."""
+    owners: dict[Box, dict[int, _Owner]] = {}
+    for rank, boxes in enumerate(holdings):
+        for index, box in enumerate(boxes.get(spec.name, ())):
+            if box.numel:
+                owners.setdefault(box, {}).setdefault(rank, (rank, index, box))
+    if not _any_overlap(list(owners)):
+        return [(box, list(held.values())) for box, held in owners.items()]
+    cells: list[tuple[Box, dict[int, _Owner]]] = []
+    for box, held in owners.items():
+        rest = [box]
+        after: list[tuple[Box, dict[int, _Owner]]] = []
+        for cell, others in cells:
+            common = cell.intersect(box)
+            if common is None:
+                after.append((cell, others))
+                continue
+            after += [(part, others) for part in cell.minus(common)]
+            after.append((common, {**held, **others}))
+            rest = [part for piece in rest for part in piece.minus(common)]
+        cells = after + [(part, held) for part in rest]
+    return [(box, sorted(held.values(), key=lambda owner: owner[0])) for box, held in cells]
+
+
+def _any_overlap(boxes: Sequence[Box]) -> bool:
+    if len(boxes) < 2:
+        return False
+    # Sweep along the dim that tells most boxes apart.
+    dim = max(range(len(boxes[0].lo)), key=lambda k: len({box.lo[k] for box in boxes}))
+    active: list[Box] = []
+    for box in sorted(boxes, key=lambda b: b.lo[dim]):
+        active = [other for other in active if other.hi[dim] > box.lo[dim]]
+        if any(other.intersect(box) for other in active):
+            return True
+        active.append(box)
+    return False
+
+
+def _split(box: Box, parts: int) -> list[Box]:
+    """``box`` in at most ``parts`` even parts along its first dim that is longer than 1."""
+    dim = next((k for k, n in enumerate(box.shape) if n > 1), None)
+    if dim is None or parts < 2:
+        return [box]
+    lo, n = box.lo[dim], box.shape[dim]
+    parts = min(parts, n)
+    cuts = [lo + n * i // parts for i in range(parts + 1)]
+    return [
+        Box((*box.lo[:dim], a, *box.lo[dim + 1 :]), (*box.hi[:dim], b, *box.hi[dim + 1 :]))
+        for a, b in pairwise(cuts)
+    ]
+
+
+def _extent(shape: tuple[int, ...], box: Box) -> tuple[int, int]:
+    """First and past-the-last address of a box in its tensor."""
+    first = last = 0
+    for n, lo, hi in zip(shape, box.lo, box.hi, strict=True):
+        first, last = first * n + lo, last * n + hi - 1
+    return first, last + 1
