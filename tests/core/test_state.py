@@ -244,6 +244,7 @@ class OneEngine(RuleBasedStateMachine):
         self.worker_epoch = 0
         self.known = False
         self.answers: list[bool] = []
+        self.tell(AttachAsked())
 
     def tell(self, event) -> None:
         """Feed an event, carry its effects out, feed what became of them."""
@@ -307,8 +308,9 @@ class OneEngine(RuleBasedStateMachine):
     works = st.lists(st.booleans(), max_size=3)
 
     @rule(works=works)
-    def attach(self, works):
+    def engine_blinks(self, works):
         self.answers = works
+        self.tell(EngineLost())
         self.tell(AttachAsked())
 
     @rule(push_id=st.none() | pushes, works=works)
@@ -339,8 +341,8 @@ class OneEngine(RuleBasedStateMachine):
         session, target = self.state.session, self.state.target
         self.tell(CommitAsked(session or "s", self.state.epoch, push_id, target or 0))
 
-    @rule(session=sessions, push_id=pushes, commits=st.booleans())
-    def whole_push(self, session, push_id, commits):
+    @rule(session=sessions, push_id=pushes, commits=st.booleans(), works=works)
+    def push(self, session, push_id, commits, works):
         """Random calls alone seldom get this far."""
         self.answers = []
         self.tell(InitAsked(session))
@@ -349,6 +351,7 @@ class OneEngine(RuleBasedStateMachine):
         self.tell(PauseAsked(push_id))
         self.tell(BeginAsked(session, epoch, push_id, version))
         if commits:
+            self.answers = works
             self.tell(CommitAsked(session, epoch, push_id, version))
             self.tell(ResumeAsked(push_id))
 
@@ -357,19 +360,21 @@ class OneEngine(RuleBasedStateMachine):
         self.answers = works
         self.tell(AbortAsked(push_id))
 
-    @rule()
-    def engine_answers_no_more(self):
+    @rule(event=st.sampled_from(["engine restarts", "agent restarts"]))
+    def restart(self, event):
+        if event == "engine restarts":
+            self.paused, self.dirty, self.versions = False, [False, False], [0, 0]
+            self.worker_epoch, self.known = 0, False
+        if event == "agent restarts":
+            self.state, self.known = AgentState(), False
+        self.answers = []
         self.tell(EngineLost())
+        self.tell(AttachAsked())
 
     @rule()
-    def engine_restarts(self):
-        self.paused, self.dirty, self.versions = False, [False, False], [0, 0]
-        self.worker_epoch, self.known = 0, False
-        self.tell(EngineLost())
-
-    @rule()
-    def agent_restarts(self):
-        self.state, self.known = AgentState(), False
+    def somebody_resumes_behind_our_back_and_the_agent_restarts(self):
+        self.paused = False
+        self.restart("agent restarts")
 
     @invariant()
     def ready_means_whole(self):
@@ -387,7 +392,7 @@ class OneEngine(RuleBasedStateMachine):
     def a_whole_push_repairs(self):
         self.answers = []
         self.tell(AbortAsked(self.state.owner or "x"))
-        self.whole_push("repair", "r", commits=True)
+        self.push("repair", "r", commits=True, works=[])
         assert self.state.phase == "ready"
 
 
