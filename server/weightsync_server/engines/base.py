@@ -60,11 +60,22 @@ class EngineAdapter(abc.ABC):
         """Recompute, in place, what the live model derives from more than one module's weights."""
 
     @abc.abstractmethod
-    def read_back(self, module: nn.Module, param: str) -> torch.Tensor | None:
-        """The weight that an opaque kernel holds, read back through what it computes.
+    def read_back(
+        self, module: nn.Module, param: str, columns: torch.Tensor, width: int
+    ) -> torch.Tensor | None:
+        """Columns of the weight that an opaque kernel holds, read back through what it computes.
 
-        Called for parameters that post-processing emptied.  A product with the identity returns
-        every weight exactly.  None: this parameter cannot be read back.
+        Called for a parameter ``[N, K]`` that post-processing emptied, or keeps a packed copy of.
+        A product with unit vectors returns weights exactly.
+
+        Args:
+            module: Live module, or a finished copy.
+            param: Its parameter's name.
+            columns: int64[C] indices below K.
+            width: K, the parameter's columns in load format.
+
+        Returns:
+            [N, C] in the parameter's dtype; None: this module computes nothing of the kind.
         """
 
     @abc.abstractmethod

@@ -1,0 +1,65 @@
+"""A folder of safetensors, as names, shapes and lazily paged tensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from weightsync.errors import EngineError
+from weightsync.manifest import Manifest, TensorSpec
+
+_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+
+
+class Checkpoint:
+    """Read access to a Hugging Face checkpoint folder.
+
+    Files are mapped, not read: a tensor costs memory only where it is looked at.
+
+    Raises:
+        EngineError: The folder holds no readable safetensors.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = folder / "model.safetensors.index.json"
+        try:
+            if index.is_file():
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                files = [folder / name for name in names]
+            else:
+                files = sorted(folder.glob("*.safetensors"))
+            if not files:
+                raise EngineError(f"no safetensors in {folder}")
+            self._where: dict[str, Any] = {}
+            for file in files:
+                handle = safe_open(file, framework="pt", device="cpu")
+                self._where.update(dict.fromkeys(handle.keys(), handle))
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            raise EngineError(
+                f"the checkpoint in {folder} cannot be read: {error}",
+                hint="the engine's weights are proven against it; mend it or start the engine "
+                "from another",
+            ) from error
+
+    def manifest(self) -> Manifest:
+        """Names, dtypes and shapes, in the order of the files."""
+        specs = []
+        for name, handle in self._where.items():
+            part = handle.get_slice(name)
+            specs.append(TensorSpec(name, _DTYPES[part.get_dtype()], tuple(part.get_shape())))
+        return Manifest.of(specs)
+
+    def flat(self, name: str) -> torch.Tensor:
+        """The tensor as one contiguous dimension, on the CPU."""
+        t: torch.Tensor = self._where[name].get_tensor(name)
+        return t.reshape(-1)

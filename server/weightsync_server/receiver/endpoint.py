@@ -1,0 +1,130 @@
+"""The door of a worker: one command in, one reply out, by HTTP to the agent on loopback."""
+
+from __future__ import annotations
+
+import logging
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import ValidationError
+
+from weightsync.codec import pack, unpack
+from weightsync.errors import EngineError, InputError, WeightSyncError
+from weightsync.protocol import WorkerCommand, WorkerReply
+from weightsync.transport.base import Transport
+from weightsync.worker_messages import (
+    AbortBody,
+    AttachBody,
+    BeginBody,
+    CommitBody,
+    ConnectBody,
+    LayoutBody,
+)
+from weightsync_server.engines.base import EngineAdapter
+from weightsync_server.receiver.receiver import Receiver
+from weightsync_server.secret import HEADER, load_secret
+
+logger = logging.getLogger(__name__)
+
+_REPLY_TIMEOUT_S = 30.0
+# the reply goes to loopback whatever proxies the engine's environment names
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def nixl_transport() -> Transport:
+    """A NIXL transport with a fresh name."""
+    from weightsync.transport.nixl import NixlTransport  # noqa: PLC0415 - only where it is used
+
+    return NixlTransport()
+
+
+class WorkerEndpoint:
+    """Answers the agent's commands for one worker.
+
+    Args:
+        adapter: The engine's ways; its model must be loaded.
+        new_transport: Makes a transport with a name that was never used.
+    """
+
+    def __init__(
+        self, adapter: EngineAdapter, new_transport: Callable[[], Transport] = nixl_transport
+    ) -> None:
+        self.receiver = Receiver(adapter, new_transport)
+
+    def call(self, command: str) -> None:
+        """Run one :class:`WorkerCommand` (JSON) and post its :class:`WorkerReply`.
+
+        Called on the worker's own thread by the engine's fan-out; never raises for what the
+        command did, since the reply tells.
+
+        Raises:
+            InputError: The command is none, so there is nobody to reply to.
+        """
+        try:
+            message = WorkerCommand.model_validate_json(command)
+        except ValidationError as error:
+            raise InputError(f"not a worker command: {error}") from error
+        body, problem = "", None
+        try:
+            result = self._run(message)
+            body = "" if result is None else pack(result)
+        except WeightSyncError as error:
+            logger.warning("%s failed: %s", message.op, error)
+            problem = error.to_problem()
+        except Exception as error:
+            logger.exception("%s failed", message.op)
+            problem = EngineError(
+                f"{message.op} failed at {self.receiver.adapter.place}: "
+                f"{type(error).__name__}: {error}",
+                hint="the engine's log has the traceback",
+            ).to_problem()
+        reply = WorkerReply(
+            call_id=message.call_id,
+            place=str(self.receiver.adapter.place),
+            instance=self.receiver.instance,
+            workers=self.receiver.adapter.workers,
+            body=body,
+            problem=problem,
+        )
+        self._post(message.reply_url, reply)
+
+    def _run(self, message: WorkerCommand) -> Any:
+        r = self.receiver
+        match message.op:
+            case "describe":
+                return r.describe()
+            case "attach":
+                return r.attach(unpack(message.body, AttachBody))
+            case "layout":
+                return r.layout(unpack(message.body, LayoutBody))
+            case "connect":
+                return r.connect(unpack(message.body, ConnectBody))
+            case "begin":
+                return r.begin(unpack(message.body, BeginBody))
+            case "commit":
+                return r.commit(unpack(message.body, CommitBody))
+            case "abort":
+                return r.abort(unpack(message.body, AbortBody))
+            case "close":
+                return r.close()
+            case "checksums":
+                return r.checksums()
+
+    @staticmethod
+    def _post(url: str, reply: WorkerReply) -> None:
+        request = urllib.request.Request(  # noqa: S310 - the agent's own http URL on loopback
+            url,
+            data=reply.model_dump_json().encode(),
+            headers={"content-type": "application/json", HEADER: load_secret()},
+            method="POST",
+        )
+        try:
+            with _opener.open(request, timeout=_REPLY_TIMEOUT_S):
+                pass
+        except (urllib.error.URLError, OSError) as error:
+            # the agent is gone or gave up waiting; its next describe asks again
+            logger.error(
+                "the reply to %s could not be delivered to %s: %s", reply.call_id, url, error
+            )

@@ -1,0 +1,115 @@
+"""The kernel tensors of a live model: where they are, and whether they still are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from weightsync.errors import IdentityError
+from weightsync_server.receiver.tracer import Strided, TracedCopy
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What must not change between registration and a write."""
+
+    addr: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+    storage_nbytes: int
+
+    @classmethod
+    def of(cls, t: torch.Tensor) -> Identity:
+        """The identity of a tensor now."""
+        return cls(
+            t.data_ptr(),
+            tuple(t.shape),
+            tuple(t.stride()),
+            str(t.dtype),
+            t.untyped_storage().nbytes(),
+        )
+
+
+def tensor_at(model: nn.Module, name: str) -> torch.Tensor | None:
+    """A parameter or buffer by its dotted name, or None."""
+    path, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return None
+    found = module._parameters.get(leaf)  # noqa: SLF001 - the names of the twin, looked up live
+    if found is None:
+        found = module._buffers.get(leaf)  # noqa: SLF001
+    return found
+
+
+def check_identities(model: nn.Module, known: dict[str, Identity]) -> None:
+    """Compare every kernel tensor with what was registered.
+
+    Raises:
+        IdentityError: One moved; a write to its old place would be lost or would corrupt.
+    """
+    for name, identity in known.items():
+        t = tensor_at(model, name)
+        now = None if t is None else Identity.of(t)
+        if now != identity:
+            raise IdentityError(
+                f"kernel tensor {name} changed since it was registered: {identity} is now {now}",
+                hint="a new rendezvous registers it again; sleep/wake, LoRA or a reload moves weights",
+                tensor=name,
+            )
+
+
+def flat_bytes(t: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, in index order, as flat uint8; a view where it is contiguous."""
+    return t.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have equal form and equal bytes (NaNs and signed zeros included)."""
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(flat_bytes(a), flat_bytes(b))
+
+
+def view(flat: torch.Tensor, region: Strided) -> torch.Tensor:
+    """A strided region of a flat contiguous tensor."""
+    return torch.as_strided(
+        flat, region.shape, region.strides, flat.storage_offset() + region.offset
+    )
+
+
+def windows(copy: TracedCopy, itemsize: int, limit_nbytes: int) -> Iterable[TracedCopy]:
+    """First, middle and last part of a copy along its longest dim, each within ``limit_nbytes``."""
+    numel = 1
+    for size in copy.src.shape:
+        numel *= size
+    if not numel:
+        return
+    if numel * itemsize <= 3 * limit_nbytes:
+        yield copy
+        return
+    dim = max(range(len(copy.src.shape)), key=lambda d: copy.src.shape[d])
+    size = copy.src.shape[dim]
+    count = max(1, limit_nbytes * size // (numel * itemsize))
+    for start in sorted({0, (size - count) // 2, size - count}):
+        yield TracedCopy(
+            copy.tensor, _slice(copy.src, dim, start, count), copy.param,
+            _slice(copy.dst, dim, start, count),
+        )  # fmt: skip
+
+
+def _slice(region: Strided, dim: int, start: int, count: int) -> Strided:
+    shape = (*region.shape[:dim], count, *region.shape[dim + 1 :])
+    return Strided(region.offset + start * region.strides[dim], shape, region.strides)
+
+
+def replay(
+    copies: Iterable[TracedCopy], source: Callable[[str], torch.Tensor], target: torch.Tensor
+) -> None:
+    """Do the traced copies into ``target`` (load format, contiguous) from flat checkpoint tensors."""
+    flat = target.reshape(-1)
+    for c in copies:
+        view(flat, c.dst).copy_(view(source(c.tensor), c.src))

@@ -1,0 +1,182 @@
+"""One epoch's target: regions in registered memory, who writes them, and what commit must do."""
+
+from __future__ import annotations
+
+import torch
+
+from weightsync.errors import ManifestError, RefusedError
+from weightsync.layout import CopyRecord, KernelRegion, WorkerLayout, WorkerPlace
+from weightsync.manifest import Manifest
+from weightsync_server.receiver.coverage import complement, intervals, last_write_wins, within
+from weightsync_server.receiver.kernel import flat_bytes, tensor_at
+from weightsync_server.receiver.proof import Proofs, Prover
+from weightsync_server.receiver.tracer import Trace, TracedCopy
+
+Copies = dict[str, list[TracedCopy]]
+_FLOAT8 = "float8"
+
+
+def copies_by_tensor(trace: Trace) -> Copies:
+    """A trace's copies by kernel tensor, without those that a later one overwrites."""
+    found: Copies = {}
+    for c in trace.copies:
+        found.setdefault(c.param, []).append(c)
+    return {name: last_write_wins(list_) for name, list_ in found.items()}
+
+
+class Target:
+    """Where one epoch's bytes land.
+
+    Args:
+        place: The worker's place.
+        prover: Knows the load format.
+        trace: The load of the trainer's manifest.
+        proofs: How bytes may reach each kernel tensor.
+        manifest: The trainer's manifest.
+        reference: The load of the engine's own checkpoint, where there is one: what it leaves
+            alone may stay untouched.
+
+    Raises:
+        ManifestError: Tensors are missing, or a dtype cannot be cast to the engine's.
+        RefusedError: A tensor of the manifest lands in one that was refused.
+    """
+
+    def __init__(
+        self,
+        place: WorkerPlace,
+        prover: Prover,
+        trace: Trace,
+        proofs: Proofs,
+        manifest: Manifest,
+        reference: Copies | None,
+    ) -> None:
+        self.copies = copies_by_tensor(trace)
+        refused = {n: r for n, r in proofs.refusals.items() if n in self.copies}
+        if refused:
+            names = sorted(refused)
+            raise RefusedError(
+                f"{len(refused)} kernel tensors of {place} are refused: "
+                + "; ".join(f"{n}: {refused[n]}" for n in names[:4]),
+                hint="they cannot be written safely; the engine keeps its weights",
+                refusals=[{"tensor": n, "reason": refused[n]} for n in names],
+            )
+        self.memory: dict[str, torch.Tensor] = {}
+        self.staged: set[str] = set()
+        self._check_dtypes(prover, manifest)
+        untouched = self._untouched(prover, trace, manifest, reference)
+        regions, records = [], []
+        for index, name in enumerate(self.copies):
+            like = prover.load_format(name)
+            if proofs.mode(name) == "direct":
+                live = tensor_at(prover.adapter.live, name)
+                assert live is not None
+                self.memory[name] = live.data
+            else:
+                self.memory[name] = prover.empty(name)
+                self.staged.add(name)
+            memory = self.memory[name]
+            regions.append(
+                KernelRegion(
+                    name=name,
+                    dtype=str(like.dtype).removeprefix("torch."),
+                    shape=tuple(like.shape),
+                    nbytes=memory.numel() * memory.element_size(),
+                    mode="staged" if name in self.staged else "direct",
+                    addr=memory.data_ptr(),
+                    kind="VRAM" if memory.is_cuda else "DRAM",
+                    device_id=memory.device.index or 0 if memory.is_cuda else 0,
+                    untouched=untouched[name],
+                )
+            )
+            records += [
+                CopyRecord(
+                    c.tensor, c.src.shape, c.src.offset, c.src.strides,
+                    index, c.dst.offset, c.dst.strides,
+                )
+                for c in self.copies[name]
+            ]  # fmt: skip
+        self.layout = WorkerLayout(place, tuple(regions), tuple(records), trace.skipped)
+
+    def _check_dtypes(self, prover: Prover, manifest: Manifest) -> None:
+        for name, copies in self.copies.items():
+            want = prover.load_format(name).dtype
+            for tensor in {c.tensor for c in copies}:
+                got = getattr(torch, manifest.by_name[tensor].dtype)
+                same_kind = got.is_floating_point == want.is_floating_point
+                scaled = got != want and (_FLOAT8 in str(got) or _FLOAT8 in str(want))
+                if not same_kind or scaled:
+                    raise ManifestError(
+                        f"{tensor} is {got}, and the engine keeps it as {want} in {name}",
+                        hint="a plain cast would be wrong here: publish it as the engine's "
+                        "checkpoint has it",
+                        tensor=tensor,
+                    )
+
+    def _untouched(
+        self, prover: Prover, trace: Trace, manifest: Manifest, reference: Copies | None
+    ) -> dict[str, tuple[tuple[int, int], ...]]:
+        """Byte intervals of each region that this load leaves alone, all accounted for."""
+        found: dict[str, tuple[tuple[int, int], ...]] = {}
+        missing: dict[str, list[tuple[int, int]]] = {}
+        expected = (
+            reference.keys()
+            if reference is not None
+            else {n for n, p in prover.twin.named_parameters() if p.numel()}
+        )
+        filled = {n: [r for m, r in trace.fills if m == n] for n in expected | self.copies.keys()}
+        for name in sorted(expected - self.copies.keys()):
+            if not within([(0, prover.load_format(name).numel())], intervals(filled[name])):
+                missing[name] = [(0, prover.load_format(name).numel())]
+        for name, copies in self.copies.items():
+            like = prover.load_format(name)
+            gaps = complement(intervals(c.dst for c in copies), like.numel())
+            size = like.element_size()
+            found[name] = tuple((a * size, b * size) for a, b in gaps)
+            if reference is not None and name in reference:
+                known = complement(intervals(c.dst for c in reference[name]), like.numel())
+                if gaps != known:
+                    missing[name] = gaps
+            elif gaps and not within(gaps, intervals(filled[name])):
+                missing[name] = gaps
+        if missing:
+            names = sorted(
+                {c.tensor for n in missing for c in (reference or {}).get(n, ())}
+                - {t.name for t in manifest}
+            )
+            what = (
+                f"checkpoint tensors are missing: {', '.join(names[:8])}"
+                if names
+                else f"nothing is loaded into {', '.join(sorted(missing)[:8])}"
+            )
+            raise ManifestError(
+                f"{what}{' ...' if max(len(names), len(missing)) > 8 else ''}",
+                hint="publish every tensor that a checkpoint for this engine holds",
+                missing=names,
+                kernel_tensors=sorted(missing),
+            )
+        return found
+
+    def piece(self, region: int, offset: int, nbytes: int) -> torch.Tensor:
+        """Bytes of a region, as flat uint8 in place."""
+        memory = self.memory[self.layout.regions[region].name]
+        return flat_bytes(memory)[offset : offset + nbytes]
+
+    def rebuild(self, manifest: Manifest) -> dict[str, torch.Tensor]:
+        """Checkpoint tensors, flat on the CPU, from the regions: parts that land nowhere are 0.
+
+        The inverse of the writes; it exists where nothing else holds the weights (WS-11).
+        """
+        made: dict[str, torch.Tensor] = {
+            t.name: torch.zeros(t.numel, dtype=getattr(torch, t.dtype)) for t in manifest
+        }
+        for name, copies in self.copies.items():
+            flat = self.memory[name].reshape(-1).cpu()
+            for c in copies:
+                source = torch.as_strided(flat, c.dst.shape, c.dst.strides, c.dst.offset)
+                drop = tuple(
+                    0 if stride == 0 and size > 1 else slice(None)
+                    for size, stride in zip(c.src.shape, c.src.strides, strict=True)
+                )
+                target = torch.as_strided(made[c.tensor], c.src.shape, c.src.strides, c.src.offset)
+                target[drop].copy_(source[drop])
+        return made
