@@ -44,8 +44,8 @@ wanted_stamp() {
 [[ -z ${PYTHON:-} ]] || accepted "$PYTHON" || die "PYTHON=$PYTHON is no Python 3.11 to 3.13 that runs"
 
 if [[ -d $venv ]]; then
-    if ! accepted "$venv/bin/python"; then
-        say "$venv has no working Python 3.11 to 3.13: making it anew"
+    if ! accepted "$venv/bin/python" || ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
+        say "$venv has no working Python 3.11 to 3.13 with pip: making it anew"
         rm -rf "$venv"
     elif [[ -n ${PYTHON:-} && $(minor_of "$PYTHON") != "$(minor_of "$venv/bin/python")" ]]; then
         say "$venv is of Python $(minor_of "$venv/bin/python"), PYTHON=$PYTHON: making it anew"
