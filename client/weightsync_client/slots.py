@@ -127,7 +127,9 @@ class Slots:
         for f in fills:
             dtype = torch_dtype(f.dtype)
             typed = self.slab.data.view(dtype)
-            slot = typed.as_strided(f.shape, f.slot_strides, _elems(f.slot_offset, dtype, name))
+            # as_strided counts from the start of the storage; the slab begins some bytes later
+            start = typed.storage_offset() + _elems(f.slot_offset, dtype, name)
+            slot = typed.as_strided(f.shape, f.slot_strides, start)
             copies.append((slot, f.shape, f.src_strides, f.src_offset))
         return _Job(name, box, made, any(c[0].dtype != made for c in copies), tuple(copies))
 

@@ -1,0 +1,315 @@
+"""An agent over real HTTP with workers in this process: the state machine, no engine."""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import torch
+
+from weightsync import protocol as p
+from weightsync import state as st
+from weightsync.codec import pack, unpack
+from weightsync.coverage import check_writes
+from weightsync.digest import digests
+from weightsync.dtypes import itemsize
+from weightsync.errors import AuthError, ManifestError, VerifyError, WeightSyncError
+from weightsync.layout import CopyRecord, KernelRegion, WorkerLayout, WorkerPlace
+from weightsync.manifest import Manifest, TensorSpec
+from weightsync.state_events import (
+    AbortAsked,
+    Aborted,
+    BeginAsked,
+    CommitAsked,
+    Committed,
+    ConnectAsked,
+    Connected,
+    InitAsked,
+    PauseAsked,
+    Paused,
+    PushFailed,
+    ResumeAsked,
+    Resumed,
+    SessionOpened,
+)
+from weightsync.transport.base import LocalMemory
+from weightsync.transport.inmemory import Fabric, InMemoryTransport
+
+
+@dataclass
+class Region:
+    """A kernel tensor: each part is (tensor, rows) of a checkpoint tensor, one behind another."""
+
+    name: str
+    dtype: str
+    parts: list[str]
+    transposed: bool = False
+
+
+#: what the engine's loader would make of a manifest: one region a tensor that is no alias
+def plain_regions(manifest: Manifest) -> list[Region]:
+    return [Region(t.name, t.dtype, [t.name]) for t in manifest if not t.alias_of and t.numel]
+
+
+class Worker:
+    def __init__(self, fabric: Fabric, place: WorkerPlace) -> None:
+        self.fabric = fabric
+        self.place = place
+        self.buffers: dict[str, torch.Tensor] = {}
+        self.transport: InMemoryTransport | None = None
+        self.layout: WorkerLayout | None = None
+        self.writes: list[tuple[int, int, int]] = []
+        self.seen: list[bytes] = []
+
+    def open(self, manifest: Manifest, wanted: list[Region]) -> p.WorkerOffer:
+        self.close()
+        self.transport = InMemoryTransport(self.fabric, "worker")
+        regions, records = [], []
+        for index, region in enumerate(wanted):
+            offset = 0
+            for name in region.parts:
+                spec = manifest.by_name.get(name)
+                if spec is None:
+                    raise ManifestError(f"{name!r} is missing", hint="hand it over")
+                shape = spec.shape
+                strides = tuple(torch.empty(shape, device="meta").stride())
+                dst = tuple(torch.empty(shape[::-1], device="meta").stride())[::-1]
+                records.append(
+                    CopyRecord(
+                        name, shape, 0, strides, index, offset, dst if region.transposed else strides
+                    )
+                )
+                offset += spec.numel
+            nbytes = offset * itemsize(region.dtype)
+            buffer = self.buffers.setdefault(region.name, torch.zeros(nbytes, dtype=torch.uint8))
+            regions.append(
+                KernelRegion(
+                    region.name, region.dtype, (offset,), nbytes, "direct", buffer.data_ptr()
+                )
+            )
+        self.transport.register([LocalMemory(r.addr, r.nbytes) for r in regions])
+        used = {record.tensor for record in records}
+        skipped = tuple(t.name for t in manifest if t.name not in used)
+        self.layout = WorkerLayout(self.place, tuple(regions), tuple(records), skipped)
+        return p.WorkerOffer(
+            place=str(self.place),
+            transport="inmemory",
+            metadata=base64.b64encode(self.transport.metadata()).decode(),
+            layout=pack(self.layout),
+            direct=len(regions),
+            staged=0,
+            nbytes=sum(r.nbytes for r in regions),
+        )
+
+    def connect(self, rank: p.RankOffer, index: int) -> None:
+        self.writes = unpack(rank.writes[index], list[tuple[int, int, int]])
+        check_writes(self.layout, {rank.rank: self.writes})
+        self.transport.add_peer(base64.b64decode(rank.metadata))
+
+    def commit(self, epoch: int, version: int, expected: list[bytes]) -> None:
+        for messages in self.transport.notifications().values():
+            self.seen += messages
+        if f"ws:{epoch}:{version}:0".encode() not in self.seen:
+            raise VerifyError(f"no notification of version {version}, only {self.seen}")
+        pieces = [
+            self.buffers[self.layout.regions[r].name][offset : offset + nbytes]
+            for r, offset, nbytes in self.writes
+        ]
+        if digests(pieces) != expected:
+            raise VerifyError("digests differ", hint="push again")
+
+    def close(self) -> None:
+        if self.transport is not None:
+            self.transport.close()
+            self.transport = None
+
+    def tensor(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        return self.buffers[name].view(dtype).view(shape)
+
+
+@dataclass
+class Agent:
+    """``before[path]`` and ``after[path]`` run around a call and may raise or sleep."""
+
+    fabric: Fabric
+    regions: Callable[[Manifest], list[Region]] = plain_regions
+    n_workers: int = 1
+    token: str | None = None
+    version: int = 0
+    before: dict[str, Callable[[], None]] = field(default_factory=dict)
+    after: dict[str, Callable[[], None]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.state = st.AgentState(phase="ready", version=self.version)
+        self.calls: list[str] = []
+        self.times: list[tuple[str, float]] = []
+        self.bodies: dict[str, dict[str, Any]] = {}
+        self.connections: set[Any] = set()
+        self.generating = True
+        self.lock = threading.RLock()
+        self.workers = [Worker(self.fabric, WorkerPlace(tp=i)) for i in range(self.n_workers)]
+        self.server = _serve(self)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    # ---- HTTP
+
+    def answer(self, method: str, path: str, body: bytes, token: str | None) -> tuple[int, Any]:
+        self.calls.append(path)
+        self.times.append((path, time.perf_counter()))
+        try:
+            if self.token is not None and token != f"Bearer {self.token}":
+                raise AuthError("wrong token", hint="set WEIGHTSYNC_TOKEN")
+            if hook := self.before.get(path):
+                hook()
+            if method == "GET":
+                s = self.state
+                return 200, {
+                    "state": s.phase, "version": s.version, "target": s.target,
+                    "session": s.session, "epoch": s.epoch,
+                }  # fmt: skip
+            self.bodies[path] = json.loads(body)
+            with self.lock:
+                reply = getattr(self, path.strip("/"))(self.bodies[path])
+            if hook := self.after.get(path):
+                hook()
+            return 200, reply.model_dump()
+        except WeightSyncError as error:
+            return error.status, error.to_problem()
+
+    def _ask(self, event: Any, then: Callable[[], Any] = lambda: None) -> p.StepResponse:
+        """Step, carry out, tell what became of it."""
+        self.state, effects = st.step(self.state, event)
+        for effect in effects:
+            self._carry_out(effect, event, then)
+        return self._reply()
+
+    def _carry_out(self, effect: st.Effect, event: Any, then: Callable[[], Any]) -> None:
+        outcome: Any = None
+        more: tuple[st.Effect, ...] = ()
+        if effect is st.Effect.PAUSE:
+            self.generating = False
+            outcome = Paused(event.push_id)
+        elif effect is st.Effect.RESUME:
+            self.generating = True
+            outcome = Resumed()
+        elif effect in {st.Effect.BEGIN, st.Effect.COMMIT}:
+            try:
+                then()
+            except WeightSyncError:
+                self.state, more = st.step(self.state, PushFailed(reachable=True))
+                for effect_ in more:
+                    self._carry_out(effect_, event, then)
+                raise
+            if effect is st.Effect.COMMIT:
+                outcome = Committed(event.version)
+        elif effect is st.Effect.ABORT:
+            outcome = Aborted(frozenset({self.state.version}), dirty=True)
+        if outcome is not None:
+            self.state, more = st.step(self.state, outcome)
+            for effect_ in more:
+                self._carry_out(effect_, event, then)
+
+    def _reply(self) -> p.StepResponse:
+        return p.StepResponse(
+            state=self.state.phase, version=self.state.version, seconds={"verify": 0.5}
+        )
+
+    def init_transfer(self, body: dict[str, Any]) -> p.InitTransferResponse:
+        ask = p.InitTransferRequest.model_validate(body)
+        manifest = Manifest(unpack(ask.manifest, tuple[TensorSpec, ...]))
+        self._ask(InitAsked(ask.session))
+        wanted = self.regions(manifest)
+        offers = [w.open(manifest, wanted) for w in self.workers]
+        self.state = st.step(self.state, SessionOpened(ask.session, self.state.epoch)).state
+        return p.InitTransferResponse(
+            session=ask.session, epoch=self.state.epoch, version=self.state.version, workers=offers
+        )
+
+    def connect(self, body: dict[str, Any]) -> p.StepResponse:
+        ask = p.ConnectRequest.model_validate(body)
+        self._ask(ConnectAsked(ask.session, ask.epoch))
+        for index, worker in enumerate(self.workers):
+            worker.connect(ask.ranks[0], index)
+        self.state = st.step(self.state, Connected(ask.epoch)).state
+        return self._reply()
+
+    def pause(self, body: dict[str, Any]) -> p.StepResponse:
+        return self._ask(PauseAsked(p.PauseRequest.model_validate(body).push_id))
+
+    def resume(self, body: dict[str, Any]) -> p.StepResponse:
+        return self._ask(ResumeAsked(p.ResumeRequest.model_validate(body).push_id))
+
+    def begin_update(self, body: dict[str, Any]) -> p.StepResponse:
+        ask = p.BeginRequest.model_validate(body)
+        return self._ask(BeginAsked(ask.session, ask.epoch, ask.push_id, ask.version))
+
+    def commit_update(self, body: dict[str, Any]) -> p.StepResponse:
+        ask = p.CommitRequest.model_validate(body)
+
+        def verify() -> None:
+            for index, worker in enumerate(self.workers):
+                expected = unpack(ask.ranks[0].digests[index], list[bytes])
+                worker.commit(ask.epoch, ask.version, expected)
+
+        return self._ask(CommitAsked(ask.session, ask.epoch, ask.push_id, ask.version), verify)
+
+    def abort_update(self, body: dict[str, Any]) -> p.StepResponse:
+        return self._ask(AbortAsked(p.AbortRequest.model_validate(body).push_id))
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        for worker in self.workers:
+            worker.close()
+
+
+def _serve(agent: Agent) -> ThreadingHTTPServer:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def do_GET(self) -> None:
+            self._do()
+
+        def do_POST(self) -> None:
+            self._do()
+
+        def _do(self) -> None:
+            agent.connections.add(self.client_address)
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            token = self.headers.get("Authorization")
+            status, answer = agent.answer(self.command, self.path, body, token)
+            if status == HANG_UP:
+                self.connection.shutdown(socket.SHUT_RDWR)
+                self.close_connection = True
+                return
+            raw = json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(raw)))
+            self.end_headers()
+            self.wfile.write(raw)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    return server
+
+
+#: a status that no answer has: the connection is closed without one
+HANG_UP = 0
+
+
+class HangUpError(WeightSyncError):
+    """Raised by a hook: the client sees its connection end."""
+
+    status = HANG_UP
