@@ -83,7 +83,13 @@ class Worker:
                 dst = tuple(torch.empty(shape[::-1], device="meta").stride())[::-1]
                 records.append(
                     CopyRecord(
-                        name, shape, 0, strides, index, offset, dst if region.transposed else strides
+                        name,
+                        shape,
+                        0,
+                        strides,
+                        index,
+                        offset,
+                        dst if region.transposed else strides,
                     )
                 )
                 offset += spec.numel
