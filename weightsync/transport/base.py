@@ -43,6 +43,9 @@ class Side:
     device_id: int = 0
 
 
+DRAM = Side()
+
+
 class Registration(abc.ABC):
     """Registered memory; it must stay mapped until ``close`` (WS-9).  A context manager."""
 
@@ -54,7 +57,10 @@ class Registration(abc.ABC):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -74,7 +80,10 @@ class PreparedWrite(abc.ABC):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -111,7 +120,7 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def prepare(
-        self, peer: str, ops: Sequence[WriteOp], *, local: Side = Side(), remote: Side = Side()
+        self, peer: str, ops: Sequence[WriteOp], *, local: Side = DRAM, remote: Side = DRAM
     ) -> PreparedWrite:
         """Prepare the writes of every later push to ``peer``.
 
@@ -161,6 +170,9 @@ class Transport(abc.ABC):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         self.close()

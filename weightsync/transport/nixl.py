@@ -1,0 +1,409 @@
+"""One-sided writes with NIXL over UCX.  The only file that imports NIXL, and it does so late.
+
+What NIXL 1.5 does, and what follows from it here (seen in its source and in runs):
+
+- *Order.*  A transfer's notification leaves the writer only after every descriptor and a flush of
+  the endpoint have completed, so who sees it sees all bytes.  It is sent out of the status call
+  that finds the data complete: a write that is posted and never waited for may never notify.
+- *A repost without a message repeats the last one*, so ``post`` refuses an empty notification.
+- *Progress.*  Without RDMA hardware the target's CPU takes part: with no progress thread a write
+  completes only once the target's Python code polls.  NIXL's Python wrapper makes that thread
+  spin (one core, idle).  Given an interval it sleeps on file descriptors instead: 0.4% of a core
+  at the default 10 ms, and a small write still takes 0.3 ms since an event wakes it.  So it is on
+  by default and the binding is used directly.  An end that only writes needs none: waiting polls.
+- *One handle a peer.*  10,000 descriptors cost 1 ms to prepare as one request, 0.3 ms as prepared
+  lists; posting costs the same, so the form with one handle to release is used.
+- *Blocking.*  On one host the copy may happen inside ``post``; the GIL is free meanwhile.
+- *Damaged metadata* makes NIXL refuse the right one of that peer for ever after, so a checksum
+  stands in front of it.  The sender's name in a notification is what the sender says: it is no
+  authentication.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import threading
+import time
+import uuid
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from weightsync.errors import (
+    DeadlineError,
+    PeerLostError,
+    RegistrationError,
+    TransferFailedError,
+    TransportError,
+)
+from weightsync.layout import MemoryKind
+from weightsync.transport.base import (
+    DRAM,
+    LocalMemory,
+    PreparedWrite,
+    Registration,
+    Side,
+    Transport,
+    WriteOp,
+)
+from weightsync.transport.nixl_errors import is_done, logged, lost, translated
+from weightsync.transport.registry import RegisteredMemory
+
+logger = logging.getLogger(__name__)
+
+_MAGIC = b"weightsync-nixl-1:"
+_POLL_MIN_S = 20e-6
+_POLL_MAX_S = 500e-6
+
+
+def load_bindings() -> Any:
+    """NIXL's binding module.
+
+    Raises:
+        TransportError: NIXL is not installed, or does not load.
+    """
+    try:
+        importlib.import_module("nixl")  # picks the build that fits this machine's CUDA
+        return importlib.import_module("nixl._bindings")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise TransportError(
+            f"NIXL cannot be loaded: {error}",
+            hint="pip install nixl-cu13 nixl (Linux), or choose another transport",
+        ) from error
+
+
+class _Registration(Registration):
+    def __init__(
+        self, owner: NixlTransport, memory: Sequence[LocalMemory], lists: list[Any]
+    ) -> None:
+        self.memory = tuple(memory)
+        self.lists = lists
+        self._owner = owner
+
+    def close(self) -> None:
+        self._owner.unregister(self)
+
+
+class _Write(PreparedWrite):
+    def __init__(
+        self, owner: NixlTransport, peer: str, ops: Sequence[WriteOp], handle: int
+    ) -> None:
+        self.peer = peer
+        self.nbytes = sum(op.nbytes for op in ops)
+        self.descriptors = len(ops)
+        #: None once it is closed
+        self.handle: int | None = handle
+        self.posted = False
+        #: what ended it; it cannot be posted again
+        self.error: TransportError | None = None
+        self._owner = owner
+
+    def close(self) -> None:
+        self._owner.release(self)
+
+
+class NixlTransport(Transport):
+    """One NIXL agent with its UCX backend.  Create few: each takes half a second and some memory.
+
+    After a deadline a write may still be landing: close it, and remove the peer before the memory
+    at either end is used for anything else.
+
+    Args:
+        label: Start of the name, for people; a uuid follows, so a name is never used twice (WS-8).
+        progress_thread: Let NIXL make progress while Python is busy.  A target needs it.
+        progress_interval_us: Longest sleep of that thread; an event wakes it sooner.  1000 or
+            more; its unit at NIXL is a millisecond.
+
+    Raises:
+        TransportError: NIXL cannot be loaded, or UCX does not start.
+    """
+
+    def __init__(
+        self,
+        label: str = "weightsync",
+        *,
+        progress_thread: bool = True,
+        progress_interval_us: int = 10_000,
+    ) -> None:
+        self.name = f"{label}-{uuid.uuid4().hex}"
+        self._nixl = load_bindings()
+        self._lock = threading.RLock()
+        self._registered = RegisteredMemory()
+        self._registrations: set[_Registration] = set()
+        self._writes: set[_Write] = set()
+        self._unreleased: list[int] = []
+        self._peers: set[str] = set()
+        self._lost: set[str] = set()
+        config = self._nixl.nixlAgentConfig()
+        config.useProgThread = progress_thread
+        config.useListenThread = False
+        # One lock of ours guards every call, so NIXL needs none.
+        config.syncMode = self._nixl.NIXL_THREAD_SYNC_NONE
+        config.pthrDelay = max(progress_interval_us, 1000)
+        with translated("starting the agent"):
+            self._agent: Any = self._nixl.nixlAgent(self.name, config)
+            self._agent.createBackend("UCX", {})
+
+    def register(self, memory: Sequence[LocalMemory]) -> Registration:
+        """See :meth:`Transport.register`.  A segment is one interval: no write may span two."""
+        with self._lock:
+            agent = self._live()
+            self._registered.add(memory)
+            registration = _Registration(self, memory, [])
+            try:
+                for kind in sorted({one.kind for one in memory}):
+                    rows = [(m.addr, m.nbytes, m.device_id) for m in memory if m.kind == kind]
+                    nbytes = sum(row[1] for row in rows)
+                    descriptors = self._nixl.nixlRegDList(self._segment(kind), _rows(rows))
+                    with translated(f"registering {nbytes} bytes of {kind}"):
+                        agent.registerMem(descriptors, [])
+                    registration.lists.append(descriptors)
+            except TransportError as error:
+                self._deregister(registration)
+                raise RegistrationError(
+                    error.message,
+                    hint="the memory must be mapped, pinnable and not from expandable segments",
+                ) from error
+            self._registrations.add(registration)
+            return registration
+
+    def unregister(self, registration: _Registration) -> None:
+        """Undo ``register``; never raises, does nothing the second time."""
+        with self._lock:
+            if registration in self._registrations:
+                self._registrations.remove(registration)
+                self._deregister(registration)
+
+    def metadata(self) -> bytes:
+        """See :meth:`Transport.metadata`."""
+        with self._lock, translated("reading the metadata"):
+            blob: bytes = self._live().getLocalMD()
+        return _MAGIC + zlib.crc32(blob).to_bytes(4, "big") + blob
+
+    def add_peer(self, metadata: bytes) -> str:
+        """See :meth:`Transport.add_peer`; newer metadata of a known peer adds to the old.
+
+        Raises:
+            PeerLostError: The peer was lost before and has not been removed since.
+        """
+        blob = metadata[len(_MAGIC) + 4 :]
+        if metadata[: len(_MAGIC) + 4] != _MAGIC + zlib.crc32(blob).to_bytes(4, "big"):
+            raise TransportError(
+                f"{len(metadata)} bytes are no NIXL metadata of weightsync, or are damaged",
+                hint="hand over what the peer's metadata() returned, unchanged",
+            )
+        with self._lock:
+            agent = self._live()
+            with translated("loading a peer's metadata"):
+                peer = agent.loadRemoteMD(blob).decode()
+            if peer in self._lost:
+                raise lost(peer)
+            self._peers.add(peer)
+            return str(peer)
+
+    def remove_peer(self, peer: str) -> None:
+        """See :meth:`Transport.remove_peer`; releases the writes to it first."""
+        with self._lock:
+            if peer not in self._peers:
+                return
+            for write in [write for write in self._writes if write.peer == peer]:
+                self.release(write)
+            self._peers.discard(peer)
+            self._lost.discard(peer)
+            with logged(f"removing peer {peer!r}"):
+                self._live().invalidateRemoteMD(peer)
+
+    def prepare(
+        self, peer: str, ops: Sequence[WriteOp], *, local: Side = DRAM, remote: Side = DRAM
+    ) -> PreparedWrite:
+        """See :meth:`Transport.prepare`."""
+        with self._lock:
+            agent = self._live()
+            self._refuse_unknown(peer)
+            if not ops:
+                raise TransportError(
+                    f"no writes to prepare for {peer!r}", hint="leave out peers without writes"
+                )
+            for op in ops:
+                if op.nbytes <= 0 or not self._registered.covers(
+                    local.kind, local.device_id, op.local_addr, op.nbytes
+                ):
+                    raise TransportError(
+                        f"{op.nbytes} bytes at local {local.kind} {op.local_addr:#x} for {peer!r} "
+                        "do not lie in registered memory",
+                        hint="register first, then prepare",
+                    )
+            with translated(f"preparing {len(ops)} writes", peer):
+                here, there = (
+                    self._nixl.nixlXferDList(self._segment(side.kind), _rows(rows))
+                    for side, rows in (
+                        (local, [(op.local_addr, op.nbytes, local.device_id) for op in ops]),
+                        (remote, [(op.remote_addr, op.nbytes, remote.device_id) for op in ops]),
+                    )
+                )
+                handle = agent.createXferReq(self._nixl.NIXL_WRITE, here, there, peer, b"", [])
+            write = _Write(self, peer, ops, handle)
+            self._writes.add(write)
+            return write
+
+    def post(self, write: PreparedWrite, notification: bytes) -> None:
+        """See :meth:`Transport.post`.  The whole copy may happen in here; the GIL is released."""
+        with self._lock:
+            agent = self._live()
+            mine = self._mine(write)
+            if mine.handle is None or mine.posted or mine.error is not None:
+                state = "closed" if mine.handle is None else "posted" if mine.posted else "failed"
+                raise TransferFailedError(
+                    f"write to {mine.peer!r} cannot be posted: it is {state}",
+                    hint="wait for a posted write; prepare a closed or failed one again",
+                    peer=mine.peer,
+                )
+            if not notification:
+                raise TransferFailedError(
+                    f"write to {mine.peer!r} has an empty notification",
+                    hint="name the push in it: NIXL would send the last push's message again",
+                    peer=mine.peer,
+                )
+            self._refuse_unknown(mine.peer)
+            with self._tracked(mine, "posting a write"):
+                is_done(agent.postXferReq(mine.handle, notification).name, mine.peer)
+            # Complete or not: what was posted must be waited for (WS-3).
+            mine.posted = True
+
+    def wait(self, writes: Sequence[PreparedWrite], *, timeout_s: float) -> None:
+        """See :meth:`Transport.wait`.
+
+        The first failure is raised at once; the other writes stay posted and may be waited for.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        pending = [self._mine(write) for write in writes]
+        pause_s = _POLL_MIN_S
+        while True:
+            pending = [write for write in pending if not self._settled(write)]
+            if not pending:
+                return
+            if time.monotonic() >= deadline_s:
+                late = sorted({write.peer for write in pending})
+                raise DeadlineError(
+                    f"writes to {', '.join(late)} have not completed within {timeout_s} s",
+                    hint="the peer may be stopped or the wire slow: abort the push",
+                    peers=late,
+                )
+            # WS-6: sleeps, since a spinning writer steals the core that the copy runs on.
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 2, _POLL_MAX_S)
+
+    def _settled(self, write: _Write) -> bool:
+        with self._lock:
+            agent = self._live()
+            if write.error is not None:
+                raise write.error
+            if write.handle is None:
+                raise TransferFailedError(
+                    f"write to {write.peer!r} was closed",
+                    hint="wait for a write before it, or its peer, is removed",
+                    peer=write.peer,
+                )
+            if write.posted:
+                with self._tracked(write, "waiting for a write"):
+                    status = agent.getXferStatus(write.handle).name
+                    write.posted = not is_done(status, write.peer)
+            return not write.posted
+
+    @contextmanager
+    def _tracked(self, write: _Write, doing: str) -> Iterator[None]:
+        """Keep what goes wrong with a write, and which peer is lost."""
+        try:
+            with translated(doing, write.peer):
+                yield
+        except TransportError as error:
+            write.posted = False
+            write.error = error
+            if isinstance(error, PeerLostError):
+                self._lost.add(write.peer)
+            raise
+
+    def notify(self, peer: str, message: bytes) -> None:
+        """See :meth:`Transport.notify`."""
+        with self._lock:
+            self._refuse_unknown(peer)
+            with translated("sending a notification", peer):
+                self._live().genNotif(peer, message)
+
+    def notifications(self) -> Mapping[str, Sequence[bytes]]:
+        """See :meth:`Transport.notifications`.  Waits while another thread is in ``post``."""
+        with self._lock, translated("reading notifications"):
+            received: dict[str, list[bytes]] = self._live().getNotifs({}, [])
+            return received
+
+    def release(self, write: _Write) -> None:
+        """Give up a write's handle; never raises, does nothing the second time."""
+        with self._lock:
+            handle, write.handle = write.handle, None
+            if handle is None or self._agent is None:
+                return
+            self._writes.discard(write)
+            try:
+                self._agent.releaseXferReq(handle)
+            except Exception as error:
+                # In flight and not cancellable: try again once everything else is closed.
+                logger.warning("write to %s not released yet: %s", write.peer, error)
+                self._unreleased.append(handle)
+
+    def close(self) -> None:
+        """See :meth:`Transport.close`.  Logs what fails and goes on; never hides an error."""
+        with self._lock:
+            if self._agent is None:
+                return
+            for write in list(self._writes):
+                self.release(write)
+            for peer in list(self._peers):
+                self.remove_peer(peer)
+            for handle in self._unreleased:
+                with logged("releasing a write"):
+                    self._agent.releaseXferReq(handle)
+            for registration in list(self._registrations):
+                self.unregister(registration)
+            self._agent = None
+
+    def _live(self) -> Any:
+        if self._agent is None:
+            raise TransportError(
+                f"transport {self.name!r} is closed", hint="make a new one; names are never reused"
+            )
+        return self._agent
+
+    def _segment(self, kind: MemoryKind) -> Any:
+        return self._nixl.VRAM_SEG if kind == "VRAM" else self._nixl.DRAM_SEG
+
+    def _deregister(self, registration: _Registration) -> None:
+        self._registered.remove(registration.memory)
+        for descriptors in registration.lists:
+            with logged("deregistering memory"):
+                self._live().deregisterMem(descriptors, [])
+
+    def _mine(self, write: PreparedWrite) -> _Write:
+        if not isinstance(write, _Write):
+            raise TransferFailedError(
+                f"{type(write).__name__} was not prepared by NIXL",
+                hint="post a write with the transport that prepared it",
+            )
+        return write
+
+    def _refuse_unknown(self, peer: str) -> None:
+        if peer in self._lost:
+            raise lost(peer)
+        if peer not in self._peers:
+            raise TransportError(
+                f"peer {peer!r} is unknown to {self.name!r}",
+                hint="add_peer with the peer's metadata first",
+                peer=peer,
+            )
+
+
+def _rows(rows: Sequence[tuple[int, int, int]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    return np.array(rows, dtype=np.uint64).reshape(-1, 3)
