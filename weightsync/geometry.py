@@ -177,6 +177,8 @@ def _levels(tensor_shape: Sequence[int], window: Box, storage: Box) -> list[_Lev
             sizes[-1] = [n * bound for bound in sizes[-1]]
         else:
             sizes.append(dim)
+    if len(sizes) > 1 and sizes[0][0] == 1:
+        del sizes[0]  # the seed, where nothing was merged into it
     levels: list[_Level] = []
     row = local_row = 1
     for n, lo, hi, base, end in reversed(sizes):

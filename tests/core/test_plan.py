@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from weightsync.coverage import check_writes
+from weightsync.geometry import Box
+from weightsync.layout import CopyRecord, KernelRegion, WorkerLayout, WorkerPlace
+from weightsync.manifest import Manifest, TensorSpec
+from weightsync.plan import Holdings, TransportPlan, build_plan, build_plans
+
+moderate = settings(max_examples=400, deadline=None, derandomize=True, database=None)
+STEPS = ["narrow", "chunk", "transpose", "unbind", "reshape", "flatten", "expand", "select"]
+DTYPES = ["float32", "bfloat16", "float16", "float64", "float8_e4m3fn"]
+
+
+@dataclasses.dataclass
+class World:
+    checkpoint: dict[str, torch.Tensor]
+    layouts: list[WorkerLayout]
+    holdings: Holdings | None
+    split_nbytes: int = 8
+
+    @property
+    def manifest(self) -> Manifest:
+        return Manifest.of(
+            TensorSpec(name, str(t.dtype).removeprefix("torch."), tuple(t.shape))
+            for name, t in self.checkpoint.items()
+        )
+
+    def plans(self) -> list[TransportPlan]:
+        return build_plans(
+            self.manifest,
+            self.layouts,
+            self.holdings,
+            split_nbytes=self.split_nbytes,
+            allow_skipped=["*"],
+        )
+
+
+def fresh(nbytes: int) -> torch.Tensor:
+    return torch.full((nbytes,), 0x5A, dtype=torch.uint8)
+
+
+def strided(
+    memory: torch.Tensor, dtype: str, shape: Sequence[int], strides: Sequence[int], offset: int
+) -> torch.Tensor:
+    return memory.view(getattr(torch, dtype)).as_strided(shape, strides, offset)
+
+
+def load(world: World, layout: WorkerLayout) -> list[torch.Tensor]:
+    """What the engine's loader would make: every record as a copy from the whole tensor."""
+    memory = [fresh(region.nbytes) for region in layout.regions]
+    for r in layout.records:
+        if 0 not in r.shape:
+            dtype = layout.regions[r.region].dtype
+            source = world.checkpoint[r.tensor].as_strided(r.shape, r.src_strides, r.src_offset)
+            strided(memory[r.region], dtype, r.shape, r.dst_strides, r.dst_offset).copy_(source)
+    return memory
+
+
+def push(world: World, plans: Sequence[TransportPlan]) -> None:
+    """Fill, write, count; every worker's memory is then compared with what a load makes."""
+    memory = [[fresh(r.nbytes) for r in layout.regions] for layout in world.layouts]
+    count = [[torch.zeros_like(m) for m in regions] for regions in memory]
+    for plan in plans:
+        slot = torch.full((plan.slot_nbytes,), 0xEE, dtype=torch.uint8)
+        for fill in plan.fills:
+            shard = world.checkpoint[fill.tensor]
+            if world.holdings is not None:
+                box = world.holdings[plan.rank][fill.tensor][fill.box]
+                index = tuple(slice(a, b) for a, b in zip(box.lo, box.hi, strict=True))
+                shard = shard[index].clone(memory_format=torch.contiguous_format)
+            itemsize = getattr(torch, fill.dtype).itemsize
+            assert fill.slot_offset % itemsize == 0
+            target = strided(
+                slot, fill.dtype, fill.shape, fill.slot_strides, fill.slot_offset // itemsize
+            )
+            target.copy_(shard.as_strided(fill.shape, fill.src_strides, fill.src_offset))
+        for w, writes in enumerate(plan.writes):
+            for write in writes:
+                assert write.slot_offset % 64 == 0
+                here = slice(write.offset, write.offset + write.nbytes)
+                there = slice(write.slot_offset, write.slot_offset + write.nbytes)
+                memory[w][write.region][here] = slot[there]
+                count[w][write.region][here] += 1
+    for w, layout in enumerate(world.layouts):
+        check_writes(layout, {plan.rank: plan.declared(w) for plan in plans})
+        for k, (region, expected) in enumerate(
+            zip(layout.regions, load(world, layout), strict=True)
+        ):
+            wanted = torch.ones_like(expected)
+            for start, stop in region.untouched:
+                wanted[start:stop] = 0
+            assert torch.equal(count[w][k], wanted)
+            assert torch.equal(memory[w][k], expected)
+
+
+# ------------------------------------------------------------------ random worlds
+
+
+@st.composite
+def views(draw: st.DrawFn, tensor: torch.Tensor) -> torch.Tensor:
+    """A chain of what loaders do before they copy."""
+    view = tensor
+    for _ in range(draw(st.integers(0, 4))):
+        kind = draw(st.sampled_from(STEPS))
+        dim = draw(st.integers(0, max(0, view.dim() - 1)))
+        if kind == "reshape":
+            numel = view.numel()
+            n = draw(st.sampled_from([k for k in range(1, numel + 1) if numel % k == 0]))
+            shape = draw(st.sampled_from([(n, numel // n), (1, n, numel // n), (numel,)]))
+            try:
+                view = view.view(shape)
+            except RuntimeError:
+                view = view.transpose(0, -1) if view.dim() else view
+        elif not view.dim():
+            continue
+        elif kind == "narrow":
+            start = draw(st.integers(0, view.shape[dim] - 1))
+            view = view.narrow(dim, start, draw(st.integers(1, view.shape[dim] - start)))
+        elif kind == "chunk":
+            view = draw(st.sampled_from(view.chunk(draw(st.integers(1, 3)), dim)))
+        elif kind == "transpose":
+            view = view.transpose(dim, draw(st.integers(0, view.dim() - 1)))
+        elif kind == "unbind":
+            view = draw(st.sampled_from(view.unbind(dim)))
+        elif kind == "select":
+            view = view.select(dim, draw(st.integers(0, view.shape[dim] - 1)))
+        elif kind == "flatten" and view.is_contiguous():
+            view = view.flatten()
+        elif kind == "expand" and view.numel() <= 200:
+            view = view.unsqueeze(dim)
+            view = view.expand([3 if k == dim else n for k, n in enumerate(view.shape)])
+    return view
+
+
+@st.composite
+def regions(
+    draw: st.DrawFn, checkpoint: dict[str, torch.Tensor], index: int
+) -> tuple[KernelRegion, list[CopyRecord]]:
+    """A kernel tensor: views of one size side by side along some dim, and padding."""
+    name = draw(st.sampled_from(sorted(checkpoint)))
+    first = draw(views(checkpoint[name]))
+    parts = [(name, first)]
+    for other, tensor in checkpoint.items():
+        if tensor.shape == checkpoint[name].shape and draw(st.booleans()):
+            parts.append(
+                (other, tensor.as_strided(first.shape, first.stride(), first.storage_offset()))
+            )
+    order = draw(st.permutations(range(first.dim())))
+    block = [first.shape[k] for k in order] or [1]
+    dim = draw(st.integers(0, len(block) - 1))
+    padding = draw(st.integers(0, 2))
+    shape = list(block)
+    shape[dim] = block[dim] * len(parts) + padding
+    dtype = draw(st.sampled_from(DTYPES))
+    parameter = torch.empty(shape, dtype=getattr(torch, dtype))
+    records = []
+    for k, (tensor, source) in enumerate(draw(st.permutations(parts))):
+        target = parameter.narrow(dim, k * block[dim], block[dim])
+        target = target.permute([order.index(j) for j in range(len(order))]) if order else target[0]
+        records.append(
+            CopyRecord(
+                tensor,
+                tuple(source.shape),
+                source.storage_offset(),
+                tuple(source.stride()),
+                index,
+                target.storage_offset(),
+                tuple(target.stride()),
+            )
+        )
+    itemsize = parameter.element_size()
+    rest = parameter.narrow(dim, shape[dim] - padding, padding)
+    pad = sorted(
+        k
+        for k in torch.arange(parameter.numel())
+        .as_strided(rest.shape, rest.stride(), rest.storage_offset())
+        .flatten()
+        .tolist()
+    )
+    untouched: list[tuple[int, int]] = []
+    for k in pad:
+        if untouched and untouched[-1][1] == k * itemsize:
+            untouched[-1] = (untouched[-1][0], (k + 1) * itemsize)
+        else:
+            untouched.append((k * itemsize, (k + 1) * itemsize))
+    region = KernelRegion(
+        f"kernel{index}",
+        dtype,
+        tuple(shape),
+        parameter.numel() * itemsize,
+        "direct",
+        0,
+        untouched=tuple(untouched),
+    )
+    return region, records
+
+
+@st.composite
+def shards(draw: st.DrawFn, shape: Sequence[int], world_size: int) -> list[list[Box]]:
+    """Boxes of one tensor for every rank, which together hold all of it."""
+    whole = Box.whole(shape)
+    kind = draw(st.sampled_from(["replicated", "sharded", "hybrid", "grid", "ragged"]))
+    everyone = list(range(world_size))
+    if kind == "replicated" or not shape:
+        owners = draw(st.sets(st.sampled_from(everyone), min_size=1))
+        return [[whole] if r in owners else [] for r in everyone]
+    dim = draw(st.integers(0, len(shape) - 1))
+
+    def cut(box: Box, dim: int, parts: int) -> list[Box]:
+        marks = sorted(draw(st.integers(box.lo[dim], box.hi[dim])) for _ in range(parts - 1))
+        ends = [box.lo[dim], *marks, box.hi[dim]]
+        return [
+            Box((*box.lo[:dim], a, *box.lo[dim + 1 :]), (*box.hi[:dim], b, *box.hi[dim + 1 :]))
+            for a, b in itertools.pairwise(ends)
+        ]
+
+    if kind == "sharded":
+        return [[box] for box in cut(whole, dim, world_size)]
+    if kind == "hybrid":
+        pieces = cut(whole, dim, max(1, world_size // 2))
+        return [[pieces[r % len(pieces)]] for r in everyone]
+    if kind == "grid":
+        other = draw(st.integers(0, len(shape) - 1))
+        pieces = [b for a in cut(whole, dim, 2) for b in cut(a, other, 2)]
+        return [pieces[r::world_size] for r in everyone]
+    # Boxes of any place and overlap; some rank holds all, in two parts.
+    held: list[list[Box]] = [[] for _ in everyone]
+    for r in everyone:
+        lo = [draw(st.integers(0, n)) for n in shape]
+        held[r].append(
+            Box(tuple(lo), tuple(draw(st.integers(a, n)) for a, n in zip(lo, shape, strict=True)))
+        )
+    held[draw(st.sampled_from(everyone))] += cut(whole, dim, 2)
+    return held
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> World:
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    shape = tuple(draw(st.lists(st.integers(1, 6), max_size=3)))
+    checkpoint = {}
+    for k in range(draw(st.integers(1, 3))):
+        if draw(st.booleans()):
+            shape = tuple(draw(st.lists(st.integers(1, 6), max_size=3)))
+        dtype = getattr(torch, draw(st.sampled_from(DTYPES[:4])))
+        checkpoint[f"t{k}"] = (torch.randn(shape, generator=generator) * 10).to(dtype)
+    layouts: list[WorkerLayout] = []
+    for w in range(draw(st.integers(1, 3))):
+        made = [draw(regions(checkpoint, k)) for k in range(draw(st.integers(1, 2)))]
+        if layouts and draw(st.booleans()):  # a replica of the worker before
+            layout = dataclasses.replace(layouts[-1], place=WorkerPlace(dp=w))
+        else:
+            records = tuple(record for _, some in made for record in some)
+            layout = WorkerLayout(
+                WorkerPlace(tp=w), tuple(r for r, _ in made), records, tuple(checkpoint)
+            )
+        layouts.append(layout)
+    world_size = draw(st.integers(1, 4))
+    if world_size == 1 and draw(st.booleans()):
+        return World(checkpoint, layouts, None)
+    held: list[dict[str, list[Box]]] = [{} for _ in range(world_size)]
+    for name, tensor in checkpoint.items():
+        for rank, boxes in enumerate(draw(shards(tuple(tensor.shape), world_size))):
+            held[rank][name] = boxes
+    return World(checkpoint, layouts, held, draw(st.sampled_from([1, 16, 1 << 20])))
+
+
+@moderate
+@given(worlds())
+def test_a_plan_moves_the_bytes_that_a_load_makes(world: World) -> None:
+    plans = world.plans()
+    push(world, plans)
+    # Each rank plans alone and must come to the same answer.
+    alone = [
+        build_plan(
+            world.manifest,
+            world.layouts,
+            world.holdings,
+            rank=plan.rank,
+            split_nbytes=world.split_nbytes,
+            allow_skipped=["*"],
+        )
+        for plan in plans
+    ]
+    assert alone == plans
