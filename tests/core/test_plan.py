@@ -4,11 +4,13 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightsync.coverage import check_writes
+from weightsync.errors import ManifestError, PlanError
 from weightsync.geometry import Box
 from weightsync.layout import CopyRecord, KernelRegion, WorkerLayout, WorkerPlace
 from weightsync.manifest import Manifest, TensorSpec
@@ -291,3 +293,80 @@ def test_a_plan_moves_the_bytes_that_a_load_makes(world: World) -> None:
         for plan in plans
     ]
     assert alone == plans
+
+
+# ------------------------------------------------------------------ broken ones
+
+
+def sound(layout: WorkerLayout, written: Sequence[tuple[int, int, int]]) -> bool:
+    """Whether writes (region, offset, nbytes) are exactly once, by counting bytes."""
+    count = [[0] * region.nbytes for region in layout.regions]
+    for k, region in enumerate(layout.regions):
+        for start, stop in region.untouched:
+            for byte in range(start, stop):
+                count[k][byte] += 1
+    for k, offset, nbytes in written:
+        if not 0 <= k < len(count) or nbytes < 1 or not 0 <= offset <= len(count[k]) - nbytes:
+            return False
+        for byte in range(offset, offset + nbytes):
+            count[k][byte] += 1
+    return all(n == 1 for counts in count for n in counts)
+
+
+@moderate
+@given(worlds(), st.data())
+def test_the_worker_refuses_declared_writes_exactly_when_they_are_unsound(
+    world: World, data: st.DataObject
+) -> None:
+    declared = {plan.rank: plan.declared(0) for plan in world.plans()}
+    rank = data.draw(st.sampled_from([r for r in declared if declared[r]] or [0]))
+    writes = declared[rank]
+    k = data.draw(st.integers(0, max(0, len(writes) - 1)))
+    region, offset, nbytes = writes[k] if writes else (0, 0, 1)
+    small = st.sampled_from([-2, -1, 0, 0, 0, 1, 2])
+    extra = [(region + data.draw(small), offset + data.draw(small), nbytes + data.draw(small))]
+    writes[k : k + 1] = data.draw(st.sampled_from([extra, [], [*writes[k : k + 1], *extra]]))
+    if sound(world.layouts[0], [w for some in declared.values() for w in some]):
+        check_writes(world.layouts[0], declared)
+    else:
+        with pytest.raises(PlanError):
+            check_writes(world.layouts[0], declared)
+
+
+@moderate
+@given(worlds(), st.data())
+def test_a_plan_is_refused_exactly_when_the_layout_is_unsound(
+    world: World, data: st.DataObject
+) -> None:
+    layout = world.layouts[0]
+    records = list(layout.records)
+    k = data.draw(st.integers(0, len(records) - 1))
+    small = st.sampled_from([-1, 0, 0, 0, 0, 1])
+    record = records[k]
+    changed = dataclasses.replace(
+        record,
+        dst_offset=record.dst_offset + data.draw(small),
+        region=record.region + data.draw(small),
+        shape=tuple(n + data.draw(small) for n in record.shape),
+        dst_strides=tuple(s + data.draw(small) for s in record.dst_strides),
+    )
+    records[k : k + 1] = data.draw(st.sampled_from([[changed], [], [record, changed]]))
+    world.layouts = [dataclasses.replace(layout, records=tuple(records))]
+    written = []
+    inside = True
+    for r in records:
+        if not 0 <= r.region < len(layout.regions) or min(r.shape + r.dst_strides, default=0) < 0:
+            inside = False
+            break
+        itemsize = getattr(torch, layout.regions[r.region].dtype).itemsize
+        numel = world.checkpoint[r.tensor].numel()
+        for index in itertools.product(*(range(n) for n in r.shape)):
+            src = r.src_offset + sum(i * s for i, s in zip(index, r.src_strides, strict=True))
+            dst = r.dst_offset + sum(i * s for i, s in zip(index, r.dst_strides, strict=True))
+            inside &= src < numel
+            written.append((r.region, dst * itemsize, itemsize))
+    if inside and sound(layout, written):
+        push(world, world.plans())
+    else:
+        with pytest.raises((PlanError, ManifestError)):
+            world.plans()
