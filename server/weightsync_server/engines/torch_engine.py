@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -53,7 +53,10 @@ class TorchAdapter(EngineAdapter):
         live = transformers.AutoModelForCausalLM.from_pretrained(
             model, dtype="auto" if dtype is None else dtype
         )
+        #: the model's transformers config
+        self.config: Any = live.config
         self._live = cast("nn.Module", live).to(self.device).eval().requires_grad_(False)
+        self._dtype = live.dtype
         self._tied = _tied_names(self._live)
 
     @property
@@ -66,9 +69,7 @@ class TorchAdapter(EngineAdapter):
         import transformers
 
         with torch.device("meta"):
-            built = transformers.AutoModelForCausalLM.from_config(
-                self._live.config, dtype=self._live.dtype
-            )
+            built = transformers.AutoModelForCausalLM.from_config(self.config, dtype=self._dtype)
         twin = cast("nn.Module", built).eval().requires_grad_(False)
         # from_pretrained keeps some parameters in float32 that from_config does not
         live = self._live.state_dict()
@@ -106,7 +107,7 @@ class TorchAdapter(EngineAdapter):
         """Nothing to do: no tensor of the model derives from its weights."""
 
     def read_back(
-        self, module: nn.Module, param: str, columns: torch.Tensor
+        self, module: nn.Module, param: str, columns: torch.Tensor, width: int
     ) -> torch.Tensor | None:
         """None: there are no opaque kernels here."""
         return None
@@ -118,13 +119,9 @@ class TorchAdapter(EngineAdapter):
 
 def _tied_names(model: nn.Module) -> frozenset[str]:
     """Every name of a shared parameter but its first."""
-    first = {id(parameter) for _, parameter in model.named_parameters()}
-    names = {name for name, _ in model.named_parameters()}
-    return frozenset(
-        name
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if id(parameter) in first and name not in names
-    )
+    first = {name for name, _ in model.named_parameters()}
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return frozenset(names - first)
 
 
 def _target(targets: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
