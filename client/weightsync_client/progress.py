@@ -93,12 +93,15 @@ class TerminalProgress:
             f"[bold]paused {human_seconds(report.paused_s)}[/]  "
             f"[dim]{steps}[/]  {human_bytes(report.rate_bytes_per_s)}/s",
             highlight=False,
+            soft_wrap=True,
         )
 
     def failed(self, phase: str, version: int, push_id: str, error: BaseException) -> None:
         """Leave one line with what went wrong."""
         self._stop()
-        self._console.print(f"✗ v{version} failed in {phase}: {error}", style="red", markup=False)
+        self._console.print(
+            f"✗ v{version} failed in {phase}: {error}", style="red", markup=False, soft_wrap=True
+        )
 
     def _stop(self) -> None:
         if self._status is not None:

@@ -146,4 +146,5 @@ def _make_nixl() -> Transport:
     # only here, so that a publisher with another transport needs no NIXL
     from weightsync.transport.nixl import NixlTransport
 
-    return NixlTransport()
+    # A trainer only writes, and makes progress while it waits: no thread runs beside its training.
+    return NixlTransport("trainer", progress_thread=False)

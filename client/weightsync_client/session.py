@@ -137,6 +137,8 @@ class Session:
                     worker=worker.place,
                 )
             peer = self._transport.add_peer(worker.metadata)
+            # before the slots go: a write that was given up may still be on its way (WS-3)
+            self._owned.callback(self._transport.remove_peer, peer)
             ops = [
                 WriteOp(slab.addr + w.slot_offset, regions[w.region].addr + w.offset, w.nbytes)
                 for w in worker.writes

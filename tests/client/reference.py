@@ -39,7 +39,7 @@ from weightsync.state_events import (
     Resumed,
     SessionOpened,
 )
-from weightsync.transport.base import LocalMemory
+from weightsync.transport.base import LocalMemory, Transport
 from weightsync.transport.inmemory import Fabric, InMemoryTransport
 
 
@@ -59,18 +59,18 @@ def plain_regions(manifest: Manifest) -> list[Region]:
 
 
 class Worker:
-    def __init__(self, fabric: Fabric, place: WorkerPlace) -> None:
-        self.fabric = fabric
+    def __init__(self, make_transport: Callable[[], Transport], place: WorkerPlace) -> None:
+        self.make_transport = make_transport
         self.place = place
         self.buffers: dict[str, torch.Tensor] = {}
-        self.transport: InMemoryTransport | None = None
+        self.transport: Transport | None = None
         self.layout: WorkerLayout | None = None
         self.writes: list[tuple[int, int, int]] = []
         self.seen: list[bytes] = []
 
     def open(self, manifest: Manifest, wanted: list[Region]) -> p.WorkerOffer:
         self.close()
-        self.transport = InMemoryTransport(self.fabric, "worker")
+        self.transport = self.make_transport()
         regions, records = [], []
         for index, region in enumerate(wanted):
             offset = 0
@@ -120,9 +120,12 @@ class Worker:
         self.transport.add_peer(base64.b64decode(rank.metadata))
 
     def commit(self, epoch: int, version: int, expected: list[bytes]) -> None:
-        for messages in self.transport.notifications().values():
-            self.seen += messages
-        if f"ws:{epoch}:{version}:0".encode() not in self.seen:
+        wanted = f"ws:{epoch}:{version}:0".encode()
+        deadline = time.monotonic() + 5
+        while wanted not in self.seen and time.monotonic() < deadline:
+            for messages in self.transport.notifications().values():
+                self.seen += messages
+        if wanted not in self.seen:
             raise VerifyError(f"no notification of version {version}, only {self.seen}")
         pieces = [
             self.buffers[self.layout.regions[r].name][offset : offset + nbytes]
@@ -149,6 +152,7 @@ class Agent:
     n_workers: int = 1
     token: str | None = None
     version: int = 0
+    make_transport: Callable[[], Transport] | None = None
     before: dict[str, Callable[[], None]] = field(default_factory=dict)
     after: dict[str, Callable[[], None]] = field(default_factory=dict)
 
@@ -160,7 +164,8 @@ class Agent:
         self.connections: set[Any] = set()
         self.generating = True
         self.lock = threading.RLock()
-        self.workers = [Worker(self.fabric, WorkerPlace(tp=i)) for i in range(self.n_workers)]
+        make = self.make_transport or (lambda: InMemoryTransport(self.fabric, "worker"))
+        self.workers = [Worker(make, WorkerPlace(tp=i)) for i in range(self.n_workers)]
         self.server = _serve(self)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 

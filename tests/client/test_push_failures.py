@@ -288,7 +288,11 @@ def test_a_process_that_never_closes_its_publisher_ends_cleanly(agent: Agent) ->
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", script],
-        capture_output=True, text=True, timeout=60, check=True, env={"PYTHONPATH": ":".join(sys.path)},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env={"PYTHONPATH": ":".join(sys.path)},
+    )
     assert done.stdout.strip() == "TransportError"
     assert "Traceback" not in done.stderr
