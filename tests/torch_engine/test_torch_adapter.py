@@ -9,7 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.models import KINDS, Kind, make_model, new_model
+from weightsync.transport.inmemory import Fabric, InMemoryTransport
+from weightsync.worker_messages import AttachBody
 from weightsync_server.engines.torch_engine import TorchAdapter
+from weightsync_server.receiver.receiver import Receiver
 
 FOUR_KINDS = pytest.mark.parametrize("kind", KINDS)
 
@@ -123,3 +126,14 @@ def test_a_new_twin_leaves_the_live_model_as_it_was(folders):
 def test_two_seeds_differ_in_every_parameter():
     one, two = new_model("qwen3_moe", 1), dict(new_model("qwen3_moe", 2).named_parameters())
     assert all(not torch.equal(tensor, two[name]) for name, tensor in one.named_parameters())
+
+
+@FOUR_KINDS
+def test_the_receiver_proves_every_parameter_direct(kind, folders):
+    adapter = TorchAdapter(folders[kind])
+    receiver = Receiver(adapter, lambda: InMemoryTransport(Fabric()))
+
+    reply = receiver.attach(AttachBody(proof="full"))
+
+    assert reply.refusals == []
+    assert reply.kernel_tensors == reply.direct == len(list(adapter.live.parameters()))

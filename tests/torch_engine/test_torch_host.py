@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import http.server
 import math
+import queue
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +22,13 @@ import torch
 import transformers
 
 from tests.support.models import VOCAB_SIZE, make_model
-from tests.support.torch_host import ROOT, TorchHost, running_torch_host, stop
+from tests.support.torch_host import ROOT, SECRET, TorchHost, running_torch_host, stop
+from weightsync.codec import unpack
+from weightsync.protocol import WorkerCommand, WorkerReply
+from weightsync.worker_messages import DescribeReply
 
 PROMPT = [5, 6, 7, 8]
-LONG = 400
+LONG = 200
 WAIT_S = 20.0
 
 
@@ -91,6 +98,31 @@ def in_flight(
     return answer
 
 
+@contextmanager
+def reply_box() -> Iterator[tuple[str, queue.Queue[tuple[str, bytes]]]]:
+    """A server that takes workers' replies: its address, and what came in as (secret, body)."""
+    replies: queue.Queue[tuple[str, bytes]] = queue.Queue()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            replies.put((self.headers["X-Weightsync-Secret"], body))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/reply", replies
+        finally:
+            server.shutdown()
+            thread.join(WAIT_S)
+
+
 def test_a_completion_is_what_transformers_computes(engine: httpx.Client, model: Path):
     reference = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
     ids = list(PROMPT)
@@ -148,7 +180,7 @@ def test_keep_freezes_a_request_in_flight_and_it_ends_the_same(
 def test_wait_drains_and_later_requests_queue_until_resume(
     engine: httpx.Client, background: ThreadPoolExecutor
 ):
-    answer = in_flight(engine, background, 200)
+    answer = in_flight(engine, background, 100)
 
     assert pause(engine, "wait").status_code == 200
 
@@ -205,6 +237,29 @@ def test_a_client_that_leaves_while_paused_leaves_nothing_behind(
     until(lambda: load(engine)["waiting"] == 0)
     assert complete(engine, 1)["finish_reason"] == "length"
     assert load(engine)["tokens_made"] == before + 1
+
+
+def test_a_worker_command_is_answered_while_tokens_are_made(
+    engine: httpx.Client, process: TorchHost, background: ThreadPoolExecutor
+):
+    answer = in_flight(engine, background)
+    with reply_box() as (url, replies):
+        command = WorkerCommand(call_id="c1", op="describe", reply_url=url, timeout_s=10)
+        response = engine.post("/weightsync/rpc", content=command.model_dump_json())
+        assert response.json() == {"call_id": "c1"}
+        secret, reply = replies.get(timeout=WAIT_S)
+
+    assert not answer.done()
+    assert secret == SECRET
+    described = unpack(WorkerReply.model_validate_json(reply).body, DescribeReply)
+    assert (described.engine, described.pid) == ("torch", process.process.pid)
+    assert answer.result(WAIT_S)["finish_reason"] == "length"
+
+
+def test_the_middleware_names_the_engine(engine: httpx.Client, model: Path):
+    info = engine.get("/weightsync/info").json()
+    assert (info["engine"], info["model"], info["workers"]) == ("torch", str(model), 1)
+    assert engine.post("/weightsync/reset_prefix_cache").json() == {"reset": True}
 
 
 @pytest.mark.parametrize(
