@@ -299,7 +299,7 @@ def test_sigterm_ends_it_in_good_order_with_frozen_requests_answered(
         assert "Traceback" not in host.log.read_text()
 
 
-@pytest.mark.parametrize("problem", ["port", "folder", "setting"])
+@pytest.mark.parametrize("problem", ["port", "folder", "setting", "secret", "no model"])
 def test_it_does_not_start_on_wrong_settings_and_says_why(tmp_path: Path, problem: str):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         options, says = {
@@ -309,10 +309,16 @@ def test_it_does_not_start_on_wrong_settings_and_says_why(tmp_path: Path, proble
             ),
             "folder": (["--model", str(tmp_path / "nothing"), "--port", "0"], "model"),
             "setting": (["--model", str(tmp_path), "--port", "-1"], "greater than or equal to 0"),
+            "secret": (["--model", str(tmp_path), "--port", "0"], "16 or more"),
+            "no model": (["--model", str(tmp_path), "--port", "0"], "config.json"),
         }[problem]
         ended = subprocess.run(
             [sys.executable, "-m", "weightsync_server.engines.torch_host", *options],
-            env={"PYTHONPATH": f"{ROOT}:{ROOT / 'server'}:{ROOT / 'client'}"},
+            env={
+                "PYTHONPATH": f"{ROOT}:{ROOT / 'server'}:{ROOT / 'client'}",
+                "WEIGHTSYNC_ENGINE_SECRET": "short" if problem == "secret" else SECRET,
+                "HF_HUB_OFFLINE": "1",
+            },
             capture_output=True,
             timeout=60,
             text=True,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 import uvicorn
 from pydantic import BaseModel, ConfigDict, DirectoryPath, Field, ValidationError
 
-from weightsync.errors import DeadlineError
+from weightsync.errors import AuthError, DeadlineError
 from weightsync_server.engines.torch_app import EngineClient, Limits, create_app
 from weightsync_server.engines.torch_decoder import Decoder, Token
 
@@ -63,6 +63,7 @@ def serve(settings: HostSettings) -> None:
     """Load the model and answer requests until SIGTERM or SIGINT.
 
     Raises:
+        AuthError: The secret that is shared with the agent is too short or not private.
         OSError: The port is taken, or the folder holds no model.
         ValueError: transformers knows no causal language model for the folder's config.
     """
@@ -73,12 +74,11 @@ def serve(settings: HostSettings) -> None:
         from weightsync_server.engines.torch_engine import TorchAdapter
         from weightsync_server.middleware import WeightsyncMiddleware
         from weightsync_server.receiver.endpoint import WorkerEndpoint
+        from weightsync_server.secret import load_secret
 
+        secret = load_secret()
         adapter = TorchAdapter(settings.model, device=settings.device)
         endpoint = WorkerEndpoint(adapter)
-
-        def weightsync_call(command: str) -> None:
-            endpoint.call(command)
 
         def next_token(token_ids: Sequence[int]) -> Token:
             with torch.inference_mode():
@@ -91,12 +91,12 @@ def serve(settings: HostSettings) -> None:
         decoder = Decoder(next_token)
         client = EngineClient(
             decoder,
-            {"weightsync_call": weightsync_call},
+            {"weightsync_call": endpoint.call},
             model_path=str(settings.model),
             engine_version=adapter.version,
         )
         app = create_app(decoder, client, limits(adapter, settings.request_timeout_s))
-        app.add_middleware(WeightsyncMiddleware)
+        app.add_middleware(WeightsyncMiddleware, secret=secret)
         config = uvicorn.Config(
             app, log_config=None, access_log=False, timeout_graceful_shutdown=_SHUTDOWN_S
         )
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         serve(_parse(argv))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AuthError) as error:
         _log.error("%s", error)
         return 1
     except KeyboardInterrupt:
