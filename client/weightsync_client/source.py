@@ -12,6 +12,7 @@ from weightsync.dtypes import ITEMSIZE
 from weightsync.errors import InputError, ManifestError
 from weightsync.geometry import Box
 from weightsync.manifest import Manifest, TensorSpec
+from weightsync_client.hf import checkpoint_tensors
 
 
 @runtime_checkable
@@ -85,8 +86,9 @@ class ModuleSource(StateDictSource):
     """A plain ``nn.Module`` in one process: parameters and persistent buffers by their names.
 
     The names are ``state_dict``'s, less what ``torch.compile`` and ``DistributedDataParallel`` put
-    in front.  Nothing is left out: what the engine has no use for is named by the error of the
-    push, and can then be ignored by pattern.
+    in front; for a transformers model they are those of the checkpoint that it saves.  Nothing is
+    left out: what the engine has no use for is named by the error of the push, and can then be
+    ignored by pattern.
 
     Args:
         module: The model; it is read anew in every push, so its parameters may be replaced.
@@ -99,10 +101,9 @@ class ModuleSource(StateDictSource):
     def __init__(self, module: nn.Module, *, dtype: torch.dtype | None = None) -> None:
         if isinstance(module, nn.parallel.DistributedDataParallel):
             module = module.module
-        super().__init__(
-            {name.replace("_orig_mod.", ""): t for name, t in module.state_dict().items()},
-            dtype=dtype,
-        )
+        module = getattr(module, "_orig_mod", module)
+        tensors = {name.replace("_orig_mod.", ""): t for name, t in module.state_dict().items()}
+        super().__init__(checkpoint_tensors(module, tensors), dtype=dtype)
 
 
 def as_source(model: nn.Module | Mapping[str, torch.Tensor] | WeightSource) -> WeightSource:
