@@ -1,7 +1,6 @@
 """vLLM: how it builds, loads and post-processes a model.
 
-Everything that differs between vLLM versions and that the receiver needs is in this file; what
-the API server's side needs is in ``vllm_compat.py``.  Tested with :data:`TESTED`.
+What differs between vLLM versions is in ``vllm_compat.py``, here is what they share.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from weightsync.layout import WorkerPlace
+from weightsync_server.engines import vllm_compat
 from weightsync_server.engines.base import EngineAdapter
 
-#: vLLM versions that the tests have run against
-TESTED = ("0.24", "0.32")
 #: formats whose weights lie on disk as safetensors under the model's name
 _ON_DISK = frozenset({"auto", "hf", "safetensors", "fastsafetensors", "runai_streamer"})
 
@@ -65,6 +64,7 @@ class VllmAdapter(EngineAdapter):
         )
 
     @property
+    @override
     def live(self) -> nn.Module:
         model: nn.Module = self._worker.model_runner.get_model()
         # a compiled or graph-capturing wrapper keeps the module that holds the weights
@@ -84,6 +84,7 @@ class VllmAdapter(EngineAdapter):
         ):
             yield
 
+    @override
     def new_twin(self) -> nn.Module:
         from vllm.model_executor.model_loader.utils import initialize_model
 
@@ -104,10 +105,12 @@ class VllmAdapter(EngineAdapter):
                 setattr(compilation, key, value)
         return twin.eval()
 
+    @override
     def load(self, twin: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         with self._as_loading():
             twin.load_weights(tensors)  # type: ignore[operator]
 
+    @override
     def finish(self, module: nn.Module) -> None:
         from vllm.model_executor.layers.quantization.base_config import (
             QuantizeMethodBase,
@@ -121,12 +124,13 @@ class VllmAdapter(EngineAdapter):
             if hasattr(module, "update_param_tp_status"):
                 module.update_param_tp_status()
 
+    @override
     def refresh(self) -> None:
-        """Attention layers keep tensors derived from others' weights (MLA's absorbed projections)."""
+        # attention layers keep tensors derived from others' weights (MLA's absorbed projections)
         dtype = self._config.model_config.dtype
         with self._as_loading():
             for module in self.live.modules():
-                if not self._deferred(module):
+                if not vllm_compat.is_attention(module):
                     continue
                 before = {k: v for k, v in module.__dict__.items() if isinstance(v, torch.Tensor)}
                 module.process_weights_after_loading(dtype)  # type: ignore[operator]
@@ -137,20 +141,7 @@ class VllmAdapter(EngineAdapter):
                         old.copy_(new)
                         module.__dict__[key] = old
 
-    @staticmethod
-    def _deferred(module: nn.Module) -> bool:
-        from vllm.model_executor.layers import attention
-
-        test = getattr(attention, "is_deferred_attention_layer", None)
-        if test is not None:
-            return bool(test(module))
-        kinds = tuple(
-            getattr(attention, k)
-            for k in ("Attention", "MLAAttention", "MMEncoderAttention")
-            if hasattr(attention, k)
-        )
-        return isinstance(module, kinds) and hasattr(module, "process_weights_after_loading")
-
+    @override
     def read_back(
         self, module: nn.Module, param: str, columns: torch.Tensor, width: int
     ) -> torch.Tensor | None:
@@ -164,6 +155,7 @@ class VllmAdapter(EngineAdapter):
             out: torch.Tensor = compute(units, module.weight, None)
         return out.t().to(dtype)
 
+    @override
     def checkpoint(self) -> Path | None:
         load_format = self._config.load_config.load_format
         load_format = str(getattr(load_format, "value", load_format))
