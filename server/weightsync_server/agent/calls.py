@@ -1,0 +1,279 @@
+"""The calls of the HTTP API: a request becomes an ask, once, and its outcome an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import time
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from weightsync.codec import unpack
+from weightsync.errors import InputError, ProtocolMismatchError, PushInProgressError
+from weightsync.manifest import Manifest, TensorSpec
+from weightsync.protocol import (
+    PROTOCOL_VERSION,
+    AbortRequest,
+    AttachRequest,
+    BeginRequest,
+    CommitRequest,
+    ConnectRequest,
+    InitTransferRequest,
+    InitTransferResponse,
+    Message,
+    PauseRequest,
+    ResumeRequest,
+    StepResponse,
+)
+from weightsync.state import step
+from weightsync.state_events import (
+    AbortAsked,
+    Ask,
+    AttachAsked,
+    BeginAsked,
+    CommitAsked,
+    ConnectAsked,
+    InitAsked,
+    PauseAsked,
+    ResumeAsked,
+)
+from weightsync.worker_messages import CommitBody, ConnectBody, RankDigestsBody, RankWrites
+from weightsync_server.agent.once import Mark, Once
+from weightsync_server.agent.service import Service, Work
+
+
+class Calls:
+    """The POSTs of the agent; each raises the WeightSyncError that its caller is to see.
+
+    Args:
+        service: Carries the asks out.
+        engine_timeout_s: Seconds for requests that bring no deadline.
+        max_unpacked_nbytes: Bytes that a packed record may have once inflated.
+    """
+
+    def __init__(
+        self, service: Service, *, engine_timeout_s: float, max_unpacked_nbytes: int
+    ) -> None:
+        self._service = service
+        self._engine_timeout_s = engine_timeout_s
+        self._max_unpacked_nbytes = max_unpacked_nbytes
+        self._once = Once()
+
+    async def attach(self, request: AttachRequest) -> StepResponse:
+        """``POST /attach``."""
+        extra = {"by_hand": True, "proof": request.proof}
+        return await self._step(AttachAsked(), request, request.timeout_s, extra=extra)
+
+    async def pause(self, request: PauseRequest) -> StepResponse:
+        """``POST /pause``."""
+        event = PauseAsked(request.push_id)
+        if request.push_id is None:
+            return await self._step(event, request, request.timeout_s)
+        return await self._push_step("pause", request.push_id, request.mode, event, request)
+
+    async def resume(self, request: ResumeRequest) -> StepResponse:
+        """``POST /resume``."""
+        event = ResumeAsked(request.push_id)
+        if request.push_id is None:
+            return await self._step(event, request, self._engine_timeout_s)
+        return await self._push_step("resume", request.push_id, None, event, request)
+
+    async def begin(self, request: BeginRequest) -> StepResponse:
+        """``POST /begin_update``.  A repeat also tells that the push is still alive."""
+        event = BeginAsked(request.session, request.epoch, request.push_id, request.version)
+        return await self._push_step(
+            "begin_update", request.push_id, event, event, request, keep_errors=True
+        )
+
+    async def commit(self, request: CommitRequest) -> StepResponse:
+        """``POST /commit_update``."""
+        event = CommitAsked(request.session, request.epoch, request.push_id, request.version)
+        key = ("commit_update", request.push_id)
+        if not self._once.knows(key):
+            step(self._service.state, event)  # refused before anything big is unpacked
+        bodies = await asyncio.to_thread(self._commit_bodies, request, self._workers)
+        return await self._push_step(
+            key[0], key[1], event, event, request, keep_errors=True, extra={"bodies": bodies}
+        )
+
+    async def abort(self, request: AbortRequest) -> StepResponse:
+        """``POST /abort_update``."""
+        event = AbortAsked(request.push_id)
+        return await self._push_step("abort_update", request.push_id, None, event, request)
+
+    async def init_transfer(self, request: InitTransferRequest) -> InitTransferResponse:
+        """``POST /init_transfer``."""
+        if request.protocol_version != PROTOCOL_VERSION:
+            raise ProtocolMismatchError(
+                f"the trainer speaks protocol {request.protocol_version}, this agent "
+                f"{PROTOCOL_VERSION}",
+                hint="install the same version of weightsync on both sides",
+                expected=PROTOCOL_VERSION,
+                got=request.protocol_version,
+            )
+        manifest = await asyncio.to_thread(self._manifest, request)
+        service, key = self._service, ("init_transfer", request.session)
+        if service.state.session != request.session:
+            self._once.forget_finished(key)
+
+        async def work(begun: Mark) -> InitTransferResponse:
+            event = InitAsked(request.session)
+            made = self._work(event, request, request.timeout_s, begun)
+            made.extra["manifest"] = manifest.tensors
+            await service.run(made)
+            state = service.state
+            return InitTransferResponse(
+                session=request.session,
+                epoch=state.epoch,
+                version=state.version,
+                workers=made.result,
+            )
+
+        return await self._once.run(key, (manifest.digest, request.world_size), work)
+
+    async def connect(self, request: ConnectRequest) -> StepResponse:
+        """``POST /connect``."""
+        event = ConnectAsked(request.session, request.epoch)
+        key = ("connect", (request.session, request.epoch))
+        if not self._service.state.connected:
+            self._once.forget_finished(key)
+        if not self._once.knows(key):
+            step(self._service.state, event)
+        bodies = await asyncio.to_thread(self._connect_bodies, request, self._workers)
+        extra = {"bodies": bodies}
+
+        async def work(begun: Mark) -> StepResponse:
+            return await self._step(event, request, request.timeout_s, begun, extra)
+
+        ranks = tuple((r.rank, r.metadata, tuple(r.writes)) for r in request.ranks)
+        return await self._once.run(key, hash(ranks), work)
+
+    async def checksums(self, timeout_s: float) -> dict[str, str]:
+        """``GET /checksums``."""
+        state = self._service.state
+        if state.phase == "receiving":
+            raise PushInProgressError(
+                f"push {state.owner} is writing", hint="ask again when it is over"
+            )
+        return await self._service.workers.checksums(timeout_s=timeout_s)
+
+    async def stop(self) -> None:
+        """Cancel what runs."""
+        await self._once.stop()
+
+    # -------------------------------------------------------------- asks
+
+    @property
+    def _workers(self) -> int:
+        return len(self._service.workers.status)
+
+    async def _push_step(
+        self,
+        name: str,
+        push_id: str,
+        asked: Hashable,
+        event: Ask,
+        request: Message,
+        *,
+        keep_errors: bool = False,
+        extra: dict[str, Any] | None = None,
+    ) -> StepResponse:
+        self._service.touch(push_id)
+        timeout_s: float = getattr(request, "timeout_s", self._engine_timeout_s)
+
+        async def work(begun: Mark) -> StepResponse:
+            return await self._step(event, request, timeout_s, begun, extra)
+
+        return await self._once.run((name, push_id), asked, work, keep_errors=keep_errors)
+
+    async def _step(
+        self,
+        event: Ask,
+        request: Message,
+        timeout_s: float,
+        begun: Mark = lambda: None,
+        extra: dict[str, Any] | None = None,
+    ) -> StepResponse:
+        work = self._work(event, request, timeout_s, begun)
+        work.extra |= extra or {}
+        await self._service.run(work)
+        state = self._service.state
+        return StepResponse(state=state.phase, version=state.version, seconds=work.seconds)
+
+    def _work(self, event: Ask, request: Message, timeout_s: float, begun: Mark) -> Work:
+        return Work(event, time.monotonic() + timeout_s, request, begun)
+
+    # -------------------------------------------------------------- big bodies, off the event loop
+
+    def _manifest(self, request: InitTransferRequest) -> Manifest:
+        if not isinstance(request.manifest, str):
+            return request.manifest.to_manifest()
+        return Manifest(
+            unpack(request.manifest, tuple[TensorSpec, ...], max_nbytes=self._max_unpacked_nbytes)
+        )
+
+    def _connect_bodies(self, request: ConnectRequest, workers: int) -> list[ConnectBody]:
+        _check_ranks("connect", [(r.rank, len(r.writes)) for r in request.ranks], workers)
+        limit = self._max_unpacked_nbytes
+        metadata = {r.rank: _base64(r.rank, r.metadata) for r in request.ranks}
+        return [
+            ConnectBody(
+                request.epoch,
+                [
+                    RankWrites(
+                        r.rank,
+                        metadata[r.rank],
+                        unpack(r.writes[w], list[tuple[int, int, int]], max_nbytes=limit),
+                    )
+                    for r in request.ranks
+                    if r.writes[w]
+                ],
+            )
+            for w in range(workers)
+        ]
+
+    def _commit_bodies(self, request: CommitRequest, workers: int) -> list[CommitBody]:
+        _check_ranks("commit", [(r.rank, len(r.digests)) for r in request.ranks], workers)
+        limit = self._max_unpacked_nbytes
+        return [
+            CommitBody(
+                request.epoch,
+                request.version,
+                request.push_id,
+                [
+                    RankDigestsBody(r.rank, unpack(r.digests[w], list[bytes], max_nbytes=limit))
+                    for r in request.ranks
+                    if r.digests[w]
+                ],
+                # less than the agent's own deadline, so that the worker can name who is missing
+                max(0.7 * request.timeout_s, request.timeout_s - 4.0),
+            )
+            for w in range(workers)
+        ]
+
+
+def _check_ranks(call: str, ranks: Sequence[tuple[int, int]], workers: int) -> None:
+    if len({rank for rank, _ in ranks}) != len(ranks):
+        raise InputError(
+            f"{call}: a rank appears twice in {sorted(r for r, _ in ranks)}",
+            hint="every rank once",
+        )
+    for rank, given in ranks:
+        if given != workers:
+            raise InputError(
+                f"{call}: rank {rank} brings entries for {given} workers, the engine has {workers}",
+                hint="one entry for each worker of the init_transfer answer, in its order",
+                rank=rank,
+                expected=workers,
+                got=given,
+            )
+
+
+def _base64(rank: int, text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InputError(
+            f"the metadata of rank {rank} is not base64: {error}", hint="encode it with base64"
+        ) from error

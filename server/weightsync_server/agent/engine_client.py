@@ -1,0 +1,309 @@
+"""The agent's calls to its engine: HTTP to ``/weightsync/*``, answers from the workers themselves.
+
+An engine with data parallelism hands back only its first engine's results, so what a worker has to
+say comes by its own ``POST`` to the agent, and the HTTP answer only tells that all have returned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+import httpx
+
+from weightsync.codec import pack, unpack
+from weightsync.errors import (
+    DeadlineError,
+    EngineDetachedError,
+    EngineError,
+    WeightSyncError,
+    from_problem,
+)
+from weightsync.protocol import PROTOCOL_VERSION, PauseMode, WorkerCommand, WorkerReply
+from weightsync_server.agent.replies import PendingCall, Replies
+from weightsync_server.secret import HEADER
+
+T = TypeVar("T")
+
+Op = Literal[
+    "describe", "attach", "layout", "connect", "begin", "commit", "abort", "close", "checksums"
+]
+
+#: what the answer on the way back may take longer than the engine was given
+_MARGIN_S = 2.0
+#: how long answers may follow the engine's word that every worker has returned
+_STRAGGLER_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Generic[T]):
+    """One worker's answer."""
+
+    place: str
+    instance: str
+    body: T
+
+
+class EngineClient:
+    """Calls to one engine.
+
+    Args:
+        base_url: The engine's API server.
+        secret: The shared secret.
+        replies: Where the workers' answers come in.
+        max_unpacked_nbytes: Bytes that one answer may have once inflated.
+    """
+
+    def __init__(
+        self, base_url: str, secret: str, replies: Replies, *, max_unpacked_nbytes: int
+    ) -> None:
+        self.base_url = base_url
+        #: where the workers send their answers; known once the agent listens
+        self.reply_url = ""
+        #: places of the workers as last described, to name those that keep silent
+        self.places: tuple[str, ...] = ()
+        self._replies = replies
+        self._max_unpacked_nbytes = max_unpacked_nbytes
+        # the environment's proxies are not for loopback (trust_env)
+        # and an idle connection is dropped before the engine's server drops it under a request.
+        # Deadlines are asyncio's, over the whole exchange: httpx's start anew with every chunk.
+        self._http = httpx.AsyncClient(
+            headers={HEADER: secret},
+            trust_env=False,
+            timeout=None,  # noqa: S113
+            limits=httpx.Limits(keepalive_expiry=2.0),
+        )
+
+    async def info(self, timeout_s: float) -> dict[str, Any]:
+        """``GET /weightsync/info``."""
+        info = await self._send("GET", "info", None, timeout_s)
+        if info.get("protocol_version") != PROTOCOL_VERSION:
+            raise EngineError(
+                f"the engine speaks protocol {info.get('protocol_version')}, the agent "
+                f"{PROTOCOL_VERSION}",
+                hint="install the same version of weightsync beside agent and engine",
+            )
+        return info
+
+    async def is_paused(self, timeout_s: float) -> bool:
+        """Whether generation is stopped."""
+        return bool((await self._send("GET", "is_paused", None, timeout_s))["is_paused"])
+
+    async def pause(self, mode: PauseMode, timeout_s: float) -> None:
+        """Stop generation; the engine is drained when this returns (WS-1)."""
+        await self._send("POST", "pause", {"mode": mode, "timeout_s": timeout_s}, timeout_s)
+
+    async def resume(self, timeout_s: float) -> None:
+        """Start generation."""
+        await self._send("POST", "resume", None, timeout_s)
+
+    async def reset_prefix_cache(self, timeout_s: float) -> None:
+        """Drop what was computed with the old weights."""
+        await self._send("POST", "reset_prefix_cache", None, timeout_s)
+
+    async def tell(
+        self,
+        op: Op,
+        *,
+        timeout_s: float,
+        body: object = None,
+        bodies: Mapping[str, object] | None = None,
+    ) -> list[Answer[None]]:
+        """Like :meth:`ask`, for what is answered with no more than "done"."""
+        pending = await self._call(op, timeout_s, body, bodies)
+        return [Answer(r.place, r.instance, None) for r in _replies(op, pending)]
+
+    async def ask(
+        self,
+        op: Op,
+        kind: type[T],
+        *,
+        timeout_s: float,
+        body: object = None,
+        bodies: Mapping[str, object] | None = None,
+    ) -> list[Answer[T]]:
+        """Ask every worker for ``op``; their answers, sorted by place.
+
+        Args:
+            op: What to ask for.
+            kind: What each answers.
+            timeout_s: Seconds for all of it.
+            body: What all are sent; None: nothing.
+            bodies: What each is sent, by place, where that differs.
+
+        Raises:
+            DeadlineError: Not all answered in ``timeout_s``; names those that did not.
+            WeightSyncError: A worker's own error, with its place.
+            EngineError: The engine failed, or answered in part.
+        """
+        pending = await self._call(op, timeout_s, body, bodies)
+        return await asyncio.to_thread(self._unpacked, op, kind, pending)
+
+    def close_soon(self) -> None:
+        """End all waits for workers: the engine is gone."""
+        self._replies.fail_all(
+            EngineDetachedError(
+                f"the engine at {self.base_url} went away", hint="GET /status tells when it is back"
+            )
+        )
+
+    async def aclose(self) -> None:
+        """End the connections."""
+        await self._http.aclose()
+
+    async def _call(
+        self, op: Op, timeout_s: float, body: object, bodies: Mapping[str, object] | None
+    ) -> PendingCall:
+        call_id = uuid.uuid4().hex
+        pending = self._replies.open(call_id)
+        try:
+            async with asyncio.timeout(timeout_s):
+                command = await asyncio.to_thread(
+                    self._command, call_id, op, timeout_s, body, bodies
+                )
+                await self._rpc(op, command, timeout_s, pending)
+        except (TimeoutError, DeadlineError, EngineError) as error:
+            if any(r.problem for r in pending.by_place.values()):
+                pass  # a worker's own words tell more
+            elif isinstance(error, EngineError):
+                raise
+            else:
+                raise DeadlineError(
+                    f"{op}: {self._silent(pending)} did not answer in {timeout_s:g} s",
+                    hint="look at the engine's log; raise the timeout if it only is slow",
+                    phase=op,
+                    timeout_s=timeout_s,
+                    answered=sorted(pending.by_place),
+                ) from error
+        finally:
+            self._replies.close(call_id)
+        return pending
+
+    async def _rpc(self, op: Op, command: bytes, timeout_s: float, pending: PendingCall) -> None:
+        """Send the command; return when every worker has both answered and returned."""
+        rpc = asyncio.ensure_future(self._send("POST", "rpc", command, timeout_s))
+        waits: set[asyncio.Future[Any]] = {rpc, pending.complete}
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if pending.complete.done():
+                pending.complete.result()
+            await rpc
+            async with asyncio.timeout(_STRAGGLER_S):
+                await asyncio.shield(pending.complete)
+        except TimeoutError as error:
+            raise EngineError(
+                f"{op}: the engine says that all workers have returned, but "
+                f"{self._silent(pending)} did not answer",
+                hint=f"can the engine's workers reach the agent at {self.reply_url}?",
+                phase=op,
+                answered=sorted(pending.by_place),
+            ) from error
+        finally:
+            rpc.cancel()
+            await asyncio.gather(rpc, return_exceptions=True)
+
+    def _silent(self, pending: PendingCall) -> str:
+        missing = [p for p in self.places if p not in pending.by_place]
+        if missing:
+            return f"worker {', '.join(missing)}"
+        if pending.workers is None:
+            return "the workers"
+        return f"{pending.workers - len(pending.by_place)} of {pending.workers} workers"
+
+    def _command(
+        self,
+        call_id: str,
+        op: Op,
+        timeout_s: float,
+        body: object,
+        bodies: Mapping[str, object] | None,
+    ) -> bytes:
+        return (
+            WorkerCommand(
+                call_id=call_id,
+                op=op,
+                reply_url=self.reply_url,
+                # the worker's own deadline says more (which rank, which tensor): let it come first
+                timeout_s=max(0.8 * timeout_s, timeout_s - _MARGIN_S),
+                body="" if body is None else pack(body),
+                bodies={place: pack(b) for place, b in (bodies or {}).items()},
+            )
+            .model_dump_json()
+            .encode()
+        )
+
+    def _unpacked(self, op: Op, kind: type[T], pending: PendingCall) -> list[Answer[T]]:
+        limit = self._max_unpacked_nbytes
+        return [
+            Answer(r.place, r.instance, unpack(r.body, kind, max_nbytes=limit))
+            for r in _replies(op, pending)
+        ]
+
+    async def _send(
+        self, method: str, name: str, body: bytes | dict[str, Any] | None, timeout_s: float
+    ) -> dict[str, Any]:
+        url = f"{self.base_url}/weightsync/{name}"
+        try:
+            async with asyncio.timeout(timeout_s + _MARGIN_S):
+                response = await (
+                    self._http.request(method, url, content=body)
+                    if body is None or isinstance(body, bytes)
+                    else self._http.request(method, url, json=body)
+                )
+                answer = response.json()
+        except TimeoutError as error:
+            raise DeadlineError(
+                f"the engine did not answer {name} in {timeout_s:g} s",
+                hint="look at the engine's log",
+                phase=name,
+                timeout_s=timeout_s,
+            ) from error
+        except httpx.HTTPError as error:
+            raise EngineDetachedError(
+                f"the engine at {self.base_url} does not answer {name}: "
+                f"{type(error).__name__}: {error}",
+                hint="start it; the agent joins it by itself",
+            ) from error
+        except ValueError:
+            answer = None
+        if response.is_success and isinstance(answer, dict):
+            return answer
+        if isinstance(answer, dict) and "code" in answer:
+            raise from_problem(answer)
+        raise EngineError(
+            f"{url} answers HTTP {response.status_code} and nothing of weightsync's",
+            hint="start the engine with --middleware weightsync_server.middleware."
+            "WeightsyncMiddleware, and check --engine-url",
+        )
+
+
+def _replies(op: Op, pending: PendingCall) -> list[WorkerReply]:
+    """The answers, sorted by place.
+
+    Raises:
+        WeightSyncError: What a worker answered with.
+    """
+    replies = [pending.by_place[place] for place in sorted(pending.by_place)]
+    if failed := [r for r in replies if r.problem is not None]:
+        raise _merged(op, failed)
+    return replies
+
+
+def _merged(op: Op, failed: list[WorkerReply]) -> WeightSyncError:
+    """The first worker's error, with every worker's place; refusals of all of them together."""
+    error = from_problem(failed[0].problem or {})
+    context = dict(error.context) | {"phase": op, "places": [r.place for r in failed]}
+    refusals = [
+        {**refusal, "place": r.place}
+        for r in failed
+        for refusal in from_problem(r.problem or {}).context.get("refusals", [])
+    ]
+    if refusals:
+        context["refusals"] = refusals
+    context.pop("hint", None)
+    return type(error)(
+        f"{op}, worker {failed[0].place}: {error.message}", hint=error.hint, **context
+    )

@@ -1,0 +1,76 @@
+"""Where the workers' answers meet the calls that wait for them."""
+
+from __future__ import annotations
+
+import asyncio
+
+from weightsync.errors import EngineError, StateError, WeightSyncError
+from weightsync.protocol import WorkerReply
+
+
+class PendingCall:
+    """The answers to one call, by place.  ``complete`` is a future of all of them."""
+
+    def __init__(self) -> None:
+        self.by_place: dict[str, WorkerReply] = {}
+        self.workers: int | None = None
+        self.complete: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def add(self, reply: WorkerReply) -> None:
+        """Take in one answer; a repeat from the same place changes nothing."""
+        self.by_place.setdefault(reply.place, reply)
+        if self.workers is None:
+            self.workers = reply.workers
+        if self.complete.done():
+            return
+        if reply.workers != self.workers:
+            self.fail(
+                EngineError(
+                    f"workers disagree on how many they are: {self.workers}, and at "
+                    f"{reply.place} {reply.workers}",
+                    hint="do all workers run the same version of weightsync?",
+                )
+            )
+        elif len(self.by_place) == self.workers:
+            self.complete.set_result(None)
+
+    def fail(self, error: WeightSyncError) -> None:
+        """End the wait with ``error``."""
+        if not self.complete.done():
+            self.complete.set_exception(error)
+            self.complete.exception()  # nobody may be waiting yet; asyncio must not complain
+
+
+class Replies:
+    """All calls that wait.  Used on the event loop only."""
+
+    def __init__(self) -> None:
+        self._pending: dict[str, PendingCall] = {}
+
+    def open(self, call_id: str) -> PendingCall:
+        """Begin to take answers to ``call_id``."""
+        pending = self._pending[call_id] = PendingCall()
+        return pending
+
+    def close(self, call_id: str) -> None:
+        """Answers that come later are refused."""
+        self._pending.pop(call_id).complete.cancel()
+
+    def deliver(self, reply: WorkerReply) -> None:
+        """Hand a worker's answer to the call that waits for it.
+
+        Raises:
+            StateError: No call of that id waits (any more).
+        """
+        pending = self._pending.get(reply.call_id)
+        if pending is None:
+            raise StateError(
+                f"no call {reply.call_id} waits for an answer of {reply.place}",
+                hint="the agent has given that call up; it asks again if it needs to know",
+            )
+        pending.add(reply)
+
+    def fail_all(self, error: WeightSyncError) -> None:
+        """End all waits: the engine is gone."""
+        for pending in self._pending.values():
+            pending.fail(error)

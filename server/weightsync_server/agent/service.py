@@ -1,0 +1,311 @@
+"""The agent's heart: asks go through the state machine, its effects are carried out one by one.
+
+One ask at a time holds the engine.  What the engine does by itself (going away) is told to the
+state machine at once, so that nothing waits for an answer that cannot come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from weightsync.errors import DeadlineError, EngineDetachedError, EngineError, WeightSyncError
+from weightsync.protocol import CommitRequest, Message, PauseRequest
+from weightsync.state import AgentState, Effect, step
+from weightsync.state_events import (
+    Aborted,
+    Ask,
+    BeginAsked,
+    CommitAsked,
+    Committed,
+    ConnectAsked,
+    Connected,
+    EngineLost,
+    Event,
+    InitAsked,
+    Outcome,
+    PauseAsked,
+    Paused,
+    PauseFailed,
+    PushFailed,
+    Resumed,
+    SessionOpened,
+)
+from weightsync_server.agent.engine_client import EngineClient
+from weightsync_server.agent.events import EventHub
+from weightsync_server.agent.metrics import Metrics
+from weightsync_server.agent.once import Mark
+from weightsync_server.agent.status import ErrorStatus, PushClock
+from weightsync_server.agent.workers import Workers
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Work:
+    """One ask on its way through its effects.  ``result`` is what an effect made for the caller."""
+
+    event: Ask
+    deadline: float
+    request: Message | None = None
+    begun: Mark = lambda: None
+    extra: dict[str, Any] = field(default_factory=dict)
+    result: Any = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def left_s(self) -> float:
+        """Seconds until its deadline, never none at all."""
+        return max(self.deadline - time.monotonic(), 0.001)
+
+
+class Service:
+    """State, lock and effects of one agent.  Used on the event loop only.
+
+    Args:
+        engine: The engine's calls.
+        hub: Where changes of state are published.
+        metrics: Where they are counted.
+        engine_timeout_s: Seconds for calls that clean up, whose ask may be out of time.
+    """
+
+    def __init__(
+        self, engine: EngineClient, hub: EventHub, metrics: Metrics, *, engine_timeout_s: float
+    ) -> None:
+        self.state = AgentState()
+        self.engine = engine
+        self.workers = Workers(engine)
+        self.hub = hub
+        self.metrics = metrics
+        self.clock = PushClock()
+        self.errors: deque[ErrorStatus] = deque(maxlen=16)
+        self._engine_timeout_s = engine_timeout_s
+        self._turn = asyncio.Lock()
+        self._holder = ""
+        self._touched = time.monotonic()
+        metrics.show(self.state, 0)
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the push that holds the engine was last heard of; 0 while a call runs."""
+        return 0.0 if self._turn.locked() else time.monotonic() - self._touched
+
+    def touch(self, push_id: str) -> None:
+        """The push has been heard of."""
+        if push_id == self.state.owner:
+            self._touched = time.monotonic()
+
+    async def run(self, work: Work) -> None:
+        """Carry an ask out, all of it.
+
+        Raises:
+            StateError: It is illegal now; nothing changed.
+            DeadlineError: Its time was over before its turn came, or an effect took too long.
+            WeightSyncError: What an effect failed with; the state tells what that left behind.
+        """
+        step(self.state, work.event)  # refused at once, not after waiting for another's call
+        async with self._held(work):
+            queue = deque(self._apply(work.event))
+            failure: WeightSyncError | None = None
+            while queue:
+                work.begun()
+                effect = queue.popleft()
+                outcome, error = await self._attempt(effect, work)
+                if error is not None and effect is not Effect.CLOSE:
+                    failure = failure or error
+                if outcome is not None:
+                    queue.extend(self._apply(outcome))
+                if self.state.phase == "detached":
+                    break  # what was still to do was meant for an engine that is gone
+            if failure is not None:
+                raise failure
+            if self.state.phase == "detached":
+                raise EngineDetachedError(
+                    "the engine went away meanwhile", hint="GET /status tells when it is back"
+                )
+
+    def lose_engine(self, why: str) -> None:
+        """The engine is gone: whatever waits for it ends now."""
+        if self.state.phase == "detached":
+            return
+        log.warning("engine lost: %s", why)
+        self.metrics.lost.inc()
+        self._apply(EngineLost())
+        self.engine.close_soon()
+
+    def note(self, what: str, error: WeightSyncError) -> None:
+        """Remember an error for ``/status``, tell listeners and the log."""
+        log.warning("%s: %s", what, error)
+        self.metrics.errors.labels(error.code).inc()
+        entry = ErrorStatus(
+            at=time.time(), what=what, code=error.code, detail=error.message, hint=error.hint
+        )
+        self.errors.append(entry)
+        self.hub.publish("error", entry.model_dump())
+
+    @contextlib.asynccontextmanager
+    async def _held(self, work: Work) -> AsyncIterator[None]:
+        name = type(work.event).__name__
+        try:
+            async with asyncio.timeout(work.left_s()):
+                await self._turn.acquire()
+        except TimeoutError as error:
+            raise DeadlineError(
+                f"{name} waited in vain for {self._holder} to end",
+                hint="ask again later",
+                phase=name,
+            ) from error
+        self._holder = name
+        try:
+            yield
+        finally:
+            self._touched = time.monotonic()
+            self._turn.release()
+
+    def _apply(self, event: Event) -> tuple[Effect, ...]:
+        before = self.state
+        self.state, effects = step(before, event)
+        if self.state != before:
+            self._tell(before, event)
+        return effects
+
+    def _tell(self, before: AgentState, event: Event) -> None:
+        state, cause = self.state, type(event).__name__
+        self.metrics.show(state, len(self.workers.status))
+        self.hub.publish("state", self.snapshot() | {"cause": cause})
+        if state.phase != before.phase:
+            text = "%s(v%d) -> %s(v%d) by %s"
+            log.info(text, before.phase, before.version, state.phase, state.version, cause)
+        outcome = ""
+        if isinstance(event, Committed):
+            outcome = "committed"
+        elif state.phase == "torn" and before.phase == "receiving":
+            outcome = "torn"
+        elif state.phase == "detached" and before.owner is not None:
+            outcome = "engine_lost"
+        elif before.owner is not None and state.owner is None:
+            outcome = "aborted"
+        if outcome and self.clock.end(outcome):
+            self.metrics.pushes.labels(outcome).inc()
+
+    def snapshot(self) -> dict[str, Any]:
+        """The state as ``/events`` tells it."""
+        state = self.state
+        return {
+            "at": time.time(),
+            "state": state.phase,
+            "version": state.version,
+            "target": state.target,
+            "epoch": state.epoch,
+            "session": state.session,
+            "pause_owner": state.owner,
+        }
+
+    # -------------------------------------------------------------- effects
+
+    async def _attempt(
+        self, effect: Effect, work: Work
+    ) -> tuple[Outcome | None, WeightSyncError | None]:
+        started = time.monotonic()
+        error: WeightSyncError | None = None
+        outcome: Outcome | None
+        try:
+            outcome = await self._perform(effect, work)
+        except WeightSyncError as failed:
+            error = failed
+        except Exception as failed:
+            log.exception("%s failed", effect.value)
+            error = EngineError(
+                f"{effect.value} failed: {type(failed).__name__}: {failed}",
+                hint="this is an error in the agent; its log has the traceback",
+            )
+        if error is not None:
+            self.note(effect.value, error)
+            if isinstance(error, EngineDetachedError) and effect is not Effect.ATTACH:
+                self.lose_engine(error.message)
+            outcome = _failed(effect, work, error)
+        seconds = time.monotonic() - started
+        work.seconds[effect.value] = round(seconds, 6)
+        if error is None and self.clock.last is not None and self.state.owner is not None:
+            self.clock.add(effect.value, seconds)
+            self.metrics.seconds.labels(effect.value).observe(seconds)
+        if isinstance(outcome, Resumed):
+            self.clock.resumed()
+        return outcome, error
+
+    async def _perform(self, effect: Effect, work: Work) -> Outcome | None:
+        event, request, state = work.event, work.request, self.state
+        match effect:
+            case Effect.ATTACH:
+                full, proof = bool(work.extra.get("by_hand")), work.extra.get("proof", "windows")
+                return await self.workers.attach(proof, again=full, timeout_s=work.left_s())
+            case Effect.PAUSE:
+                push_id = event.push_id if isinstance(event, PauseAsked) else None
+                mode = request.mode if isinstance(request, PauseRequest) else "keep"
+                if push_id is not None:
+                    self.clock.paused(push_id, mode)
+                await self.engine.pause(mode, work.left_s())
+                return Paused(push_id)
+            case Effect.RESUME:
+                await self.engine.resume(self._engine_timeout_s)
+                return Resumed()
+            case Effect.OPEN if isinstance(event, InitAsked):
+                work.result = await self.workers.layout(
+                    state.epoch, event.session, work.extra["manifest"], timeout_s=work.left_s()
+                )
+                return SessionOpened(event.session, state.epoch)
+            case Effect.CONNECT if isinstance(event, ConnectAsked):
+                await self.workers.connect(work.extra["bodies"], timeout_s=work.left_s())
+                return Connected(event.epoch)
+            case Effect.BEGIN if isinstance(event, BeginAsked):
+                await self.workers.begin(
+                    event.epoch, event.version, event.push_id, timeout_s=work.left_s()
+                )
+                self.clock.begun(event.version)
+                return None
+            case Effect.COMMIT if isinstance(event, CommitAsked):
+                self.clock.committing()
+                if isinstance(request, CommitRequest) and request.reset_prefix_cache:
+                    # Before the commit: the drained engine makes no new blocks meanwhile, and if
+                    # this fails the workers still say that they are dirty, even to a new agent.
+                    await self._reset_prefix_cache(work)
+                work.seconds |= await self.workers.commit(
+                    work.extra["bodies"], event.version, timeout_s=work.left_s()
+                )
+                return Committed(event.version)
+            case Effect.ABORT:
+                versions, dirty = await self.workers.abort(
+                    state.owner or "", timeout_s=self._engine_timeout_s
+                )
+                return Aborted(versions, dirty)
+            case _:
+                await self.workers.close(timeout_s=self._engine_timeout_s)
+                return None
+
+    async def _reset_prefix_cache(self, work: Work) -> None:
+        started = time.monotonic()
+        await self.engine.reset_prefix_cache(work.left_s())
+        work.seconds["reset_prefix_cache"] = round(time.monotonic() - started, 6)
+
+
+def _failed(effect: Effect, work: Work, error: WeightSyncError) -> Outcome | None:
+    match effect:
+        case Effect.ATTACH:
+            return EngineLost()
+        case Effect.PAUSE if isinstance(work.event, PauseAsked):
+            return PauseFailed(work.event.push_id)
+        case Effect.PAUSE:
+            return EngineLost()  # a torn engine that could not be stopped: attach again, and again
+        case Effect.BEGIN | Effect.COMMIT:
+            # an engine that let a deadline pass would only let the next one pass too
+            silent = isinstance(error, (DeadlineError, EngineDetachedError))
+            return PushFailed(reachable=not silent or "places" in error.context)
+        case Effect.ABORT:
+            return Aborted(frozenset(), dirty=True)
+        case _:
+            return None

@@ -1,0 +1,144 @@
+"""The agent's settings: one frozen model, read from flags and the environment here only."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+from weightsync.errors import InputError
+from weightsync.protocol import Seconds
+
+ENV_PREFIX = "WEIGHTSYNC_AGENT_"
+#: the token is the trainer's too, so its variable has no prefix of the agent's
+ENV_TOKEN = "WEIGHTSYNC_TOKEN"  # noqa: S105 - a variable's name
+
+
+class AgentSettings(BaseModel):
+    """What one agent is told.
+
+    Each field is a flag, ``--engine-url``, and a variable of the environment,
+    ``WEIGHTSYNC_AGENT_ENGINE_URL``; the flag wins.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    engine_url: Annotated[str, Field(pattern=r"^https?://[^/?#\s]+/?$")]
+    """Address of the engine's API server, http://HOST:PORT."""
+    host: str = "127.0.0.1"
+    """Address to listen on; anything but loopback needs a token."""
+    port: Annotated[int, Field(ge=0, le=65_535)] = 9100
+    """Port to listen on; 0: any free one."""
+    token_file: Path | None = None
+    """File that holds the bearer token that callers must send (or WEIGHTSYNC_TOKEN)."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """What to log."""
+    engine_poll_s: Seconds = 1.0
+    """Seconds between two looks at the engine."""
+    engine_probe_timeout_s: Seconds = 5.0
+    """Seconds that one look may take; three silent ones in a row and the engine counts as gone."""
+    attach_timeout_s: Seconds = 600.0
+    """Seconds that joining the engine may take: its workers compare bytes with the checkpoint."""
+    attach_backoff_max_s: Seconds = 30.0
+    """Longest pause, in seconds, between two attempts to join the engine."""
+    engine_timeout_s: Seconds = 60.0
+    """Seconds for calls to the engine that bring no deadline of their own."""
+    push_idle_timeout_s: Seconds = 120.0
+    """Seconds without a call after which a push is given up.  A repeated /begin_update counts."""
+    max_body_nbytes: Annotated[int, Field(ge=1024)] = 256 << 20
+    """Bytes that the body of a request may have."""
+    max_unpacked_nbytes: Annotated[int, Field(ge=1024)] = 1 << 30
+    """Bytes that a packed record in a body may have once inflated."""
+    heartbeat_s: Seconds = 15.0
+    """Seconds between two signs of life on /events."""
+    shutdown_timeout_s: Seconds = 3.0
+    """Seconds that running requests get to finish when the agent is told to stop."""
+    token: SecretStr | None = None
+    """The bearer token; from WEIGHTSYNC_TOKEN or the token file, never from a flag."""
+
+    @property
+    def base_url(self) -> str:
+        """The engine's address without a slash at the end."""
+        return self.engine_url.rstrip("/")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address (or ``localhost``) can be reached from this host only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def load_settings(
+    argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ
+) -> AgentSettings:
+    """Settings from flags (None: the process's) and the environment.
+
+    Raises:
+        InputError: A value, a variable or a flag is wrong, or the token is missing.
+        SystemExit: argparse's, after ``--help`` or a flag that it does not know.
+    """
+    values: dict[str, object] = {
+        name.removeprefix(ENV_PREFIX).lower(): value
+        for name, value in environ.items()
+        if name.startswith(ENV_PREFIX)
+    }
+    if "token" in values:
+        raise InputError(f"{ENV_PREFIX}TOKEN is no setting", hint=f"the token is in {ENV_TOKEN}")
+    values |= vars(_parser().parse_args(argv))
+    try:
+        settings = AgentSettings.model_validate(values)
+        token = _token(settings, environ)
+    except pydantic.ValidationError as error:
+        what = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise InputError(
+            f"the agent's settings are wrong: {what}", hint="weightsync-agent --help lists them"
+        ) from error
+    if token is None and not is_loopback(settings.host):
+        raise InputError(
+            f"the agent would listen on {settings.host} without a token",
+            hint=f"set {ENV_TOKEN} or --token-file, or listen on 127.0.0.1",
+        )
+    return settings.model_copy(update={"token": token})
+
+
+def _token(settings: AgentSettings, environ: Mapping[str, str]) -> SecretStr | None:
+    value = environ.get(ENV_TOKEN) or None
+    if settings.token_file is not None:
+        try:
+            value = settings.token_file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"cannot read the token file {settings.token_file}: {error}",
+                hint="make it, readable for the agent's user",
+            ) from error
+        if not value:
+            raise InputError(f"the token file {settings.token_file} is empty", hint="fill it")
+    if value is not None and (not value.isascii() or any(c.isspace() for c in value)):
+        raise InputError("the token holds spaces or what is not ASCII", hint="use letters, digits")
+    return None if value is None else SecretStr(value)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="weightsync-agent",
+        description="The daemon beside an inference engine: trainers push weights through it.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for name, field in AgentSettings.model_fields.items():
+        if name == "token":
+            continue
+        default = "" if field.is_required() else f" (default: {field.default})"
+        text = f"{field.description}{default}".replace("%", "%%")
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", help=text)
+    return parser

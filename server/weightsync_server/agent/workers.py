@@ -1,0 +1,228 @@
+"""What the agent asks the workers, in the words of the worker messages."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from weightsync.codec import pack
+from weightsync.errors import EngineDetachedError, EngineError
+from weightsync.manifest import TensorSpec
+from weightsync.protocol import Refusal, WorkerOffer
+from weightsync.state_events import Attached
+from weightsync.worker_messages import (
+    AbortBody,
+    AbortReply,
+    AttachBody,
+    AttachReply,
+    BeginBody,
+    ChecksumsReply,
+    CommitBody,
+    CommitReply,
+    ConnectBody,
+    DescribeReply,
+    LayoutBody,
+    LayoutReply,
+)
+from weightsync_server.agent.engine_client import Answer, EngineClient
+from weightsync_server.agent.status import EngineStatus, WorkerStatus
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+class Workers:
+    """The workers of one engine.  Used on the event loop only."""
+
+    def __init__(self, engine: EngineClient) -> None:
+        self._engine = engine
+        self.identity = EngineStatus(url=engine.base_url)
+        self.status: list[WorkerStatus] = []
+        #: the API server processes that are known to front these workers
+        self._servers: set[str] = set()
+
+    @property
+    def instances(self) -> dict[str, str]:
+        """The process behind each place, as last described."""
+        return {w.place: w.instance for w in self.status}
+
+    async def describe(self, timeout_s: float) -> list[Answer[DescribeReply]]:
+        """What every worker is and holds now."""
+        return await self._engine.ask("describe", DescribeReply, timeout_s=timeout_s)
+
+    async def still_there(self, probe_timeout_s: float) -> bool:
+        """Whether the engine that answers is the one that was attached."""
+        instance = str((await self._engine.info(probe_timeout_s))["instance"])
+        if instance in self._servers:
+            return True
+        # one engine may have several API server processes: only the workers can tell
+        answers = await self.describe(probe_timeout_s)
+        if {a.place: a.instance for a in answers} != self.instances:
+            return False
+        self._servers.add(instance)
+        return True
+
+    async def attach(self, proof: str, *, again: bool, timeout_s: float) -> Attached:
+        """Describe all workers and, where they are new or ``again``, have them prove themselves.
+
+        A dirty worker is not asked to: its weights are known not to be what it was loaded with.
+        """
+        info = await self._engine.info(timeout_s)
+        answers = await self.describe(timeout_s)
+        paused = await self._engine.is_paused(timeout_s)
+        instances = {a.place: a.instance for a in answers}
+        same = instances == self.instances
+        self._engine.places = tuple(instances)
+        dirty = any(a.body.dirty for a in answers)
+        known = {w.place: w for w in self.status} if same else {}
+        status = [_described(a, known.get(a.place)) for a in answers]
+        if not dirty and (again or not same):
+            proofs = await self._engine.ask(
+                "attach", AttachReply, body=AttachBody(proof), timeout_s=timeout_s
+            )
+            for worker, proven in zip(status, proofs, strict=True):
+                _add_proof(worker, proven.body)
+        self.status = status
+        self._servers = {str(info["instance"])}
+        self.identity = EngineStatus(
+            url=self._engine.base_url,
+            name=str(info.get("engine", "")),
+            version=str(info.get("version", "")),
+            model=str(info.get("model", "")),
+            instance=str(info["instance"]),
+        )
+        for warning in info.get("warnings", []):
+            log.warning("%s", warning)
+        return Attached(
+            versions=frozenset(a.body.version for a in answers),
+            dirty=dirty,
+            paused=paused,
+            epoch=max(a.body.epoch for a in answers),
+            same=same,
+        )
+
+    async def layout(
+        self, epoch: int, session: str, manifest: tuple[TensorSpec, ...], *, timeout_s: float
+    ) -> list[WorkerOffer]:
+        """Have every worker trace and register; what each offers, sorted by place."""
+        answers = self._same(
+            await self._engine.ask(
+                "layout",
+                LayoutReply,
+                body=LayoutBody(epoch, session, manifest),
+                timeout_s=timeout_s,
+            )
+        )
+        return await asyncio.to_thread(lambda: [_offer(a) for a in answers])
+
+    async def connect(self, bodies: Sequence[ConnectBody], *, timeout_s: float) -> None:
+        """Tell every worker who will write what to it.  ``bodies`` in the order of the places."""
+        self._same(await self._engine.tell("connect", timeout_s=timeout_s, **self._each(bodies)))
+
+    async def begin(self, epoch: int, version: int, push_id: str, *, timeout_s: float) -> None:
+        """Every worker checks its tensors' identity and marks itself dirty."""
+        body = BeginBody(epoch, version, push_id)
+        self._same(await self._engine.tell("begin", body=body, timeout_s=timeout_s))
+        for worker in self.status:
+            worker.dirty = True
+
+    async def commit(
+        self, bodies: Sequence[CommitBody], version: int, *, timeout_s: float
+    ) -> dict[str, float]:
+        """Every worker checks and installs; the parts of the slowest one's time, in seconds."""
+        answers = self._same(
+            await self._engine.ask("commit", CommitReply, timeout_s=timeout_s, **self._each(bodies))
+        )
+        if wrong := [a for a in answers if a.body.version != version]:
+            raise EngineError(
+                f"worker {wrong[0].place} committed version {wrong[0].body.version}, not {version}",
+                hint="do all workers run the same version of weightsync?",
+            )
+        for worker in self.status:
+            worker.dirty, worker.version = False, version
+        return max((a.body.seconds for a in answers), key=lambda s: sum(s.values()))
+
+    async def abort(self, push_id: str, *, timeout_s: float) -> tuple[frozenset[int], bool]:
+        """Every worker gives the push up; their versions, and whether any of them is dirty."""
+        answers = self._same(
+            await self._engine.ask(
+                "abort", AbortReply, body=AbortBody(push_id), timeout_s=timeout_s
+            )
+        )
+        for worker, answer in zip(self.status, answers, strict=True):
+            worker.dirty, worker.version = answer.body.dirty, answer.body.version
+        return frozenset(a.body.version for a in answers), any(a.body.dirty for a in answers)
+
+    async def close(self, *, timeout_s: float) -> None:
+        """Every worker drops its peers and registrations: late writes find nothing (WS-8)."""
+        await self._engine.tell("close", timeout_s=timeout_s)
+
+    async def checksums(self, *, timeout_s: float) -> dict[str, str]:
+        """SHA-256 of every final kernel tensor; with several workers the place comes first."""
+        answers = self._same(
+            await self._engine.ask("checksums", ChecksumsReply, timeout_s=timeout_s)
+        )
+        return {
+            name if len(answers) == 1 else f"{a.place}/{name}": digest
+            for a in answers
+            for name, digest in a.body.sha256.items()
+        }
+
+    def _each(self, bodies: Sequence[object]) -> Mapping[str, Any]:
+        if len(bodies) != len(self.status):
+            raise EngineDetachedError(
+                f"the engine has {len(self.status)} workers now, not {len(bodies)}",
+                hint="make a new rendezvous",
+            )
+        if len(bodies) == 1:
+            return {"body": bodies[0]}
+        return {"bodies": {w.place: b for w, b in zip(self.status, bodies, strict=True)}}
+
+    def _same(self, answers: list[Answer[T]]) -> list[Answer[T]]:
+        """Answers of the processes that were attached; others know nothing of the epoch (WS-8)."""
+        if {a.place: a.instance for a in answers} != self.instances:
+            raise EngineDetachedError(
+                "the engine's workers are other processes than those that were attached",
+                hint="the agent joins the new ones by itself; then make a new rendezvous",
+            )
+        return answers
+
+
+def _described(answer: Answer[DescribeReply], known: WorkerStatus | None) -> WorkerStatus:
+    told = {
+        "place": answer.place,
+        "instance": answer.instance,
+        "pid": answer.body.pid,
+        "version": answer.body.version,
+        "dirty": answer.body.dirty,
+    }
+    return WorkerStatus.model_validate((known.model_dump() if known else {}) | told)
+
+
+def _add_proof(worker: WorkerStatus, proof: AttachReply) -> None:
+    worker.kernel_tensors = proof.kernel_tensors
+    worker.direct, worker.staged = proof.direct, proof.staged
+    worker.refusals = [Refusal(tensor=t, reason=r) for t, r in proof.refusals]
+    worker.warnings = list(proof.warnings)
+    worker.attach_seconds = dict(proof.seconds)
+    for warning in proof.warnings:
+        log.warning("%s: %s", worker.place, warning)
+    for refusal in worker.refusals:
+        log.warning("%s: %s cannot be pushed: %s", worker.place, refusal.tensor, refusal.reason)
+
+
+def _offer(answer: Answer[LayoutReply]) -> WorkerOffer:
+    regions = answer.body.layout.regions
+    return WorkerOffer(
+        place=answer.place,
+        transport=answer.body.transport,
+        metadata=base64.b64encode(answer.body.metadata).decode("ascii"),
+        layout=pack(answer.body.layout),
+        direct=sum(r.mode == "direct" for r in regions),
+        staged=sum(r.mode == "staged" for r in regions),
+        nbytes=sum(r.nbytes for r in regions),
+    )

@@ -1,0 +1,141 @@
+"""What differs between vLLM versions: the one place that knows.
+
+Its first part drives whatever looks like vLLM's ``AsyncLLM`` (the *engine client* of its API server): real
+vLLM, or an embedded engine with the same methods and ``engine_name``, ``engine_version``,
+``model_path`` and ``world_size`` as attributes.
+
+What a finished pause promises (WS-1), read in the sources of the tested versions: with each mode
+the call returns after the scheduler has no work and the batch queue is empty, on every
+data-parallel engine.  From 0.32 it also waits for the devices.  0.24 does not, so the worker's
+``begin`` synchronises its device itself, whatever the version.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from weightsync.errors import EngineError
+from weightsync.protocol import PauseMode
+
+TESTED_VERSIONS = ("0.24", "0.32")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineIdentity:
+    """Who the engine is.  ``workers`` is None where the client cannot tell."""
+
+    engine: str
+    version: str
+    model: str
+    workers: int | None
+    warnings: tuple[str, ...] = ()
+
+
+def identify(client: Any) -> EngineIdentity:
+    """Name, version, model and worker count of the engine behind ``client``."""
+    config = getattr(client, "vllm_config", None)
+    if config is None:
+        return EngineIdentity(
+            engine=str(getattr(client, "engine_name", "unknown")),
+            version=str(getattr(client, "engine_version", "unknown")),
+            model=str(getattr(client, "model_path", "")),
+            workers=getattr(client, "world_size", None),
+        )
+    import vllm
+
+    version = str(vllm.__version__)
+    parallel = config.parallel_config
+    warnings: tuple[str, ...] = ()
+    if ".".join(version.split(".")[:2]) not in TESTED_VERSIONS:
+        warnings = (
+            f"vLLM {version} is untested with weightsync; tested: {', '.join(TESTED_VERSIONS)}",
+        )
+    return EngineIdentity(
+        engine="vllm",
+        version=version,
+        model=str(config.model_config.model),
+        workers=int(parallel.world_size) * int(parallel.data_parallel_size),
+        warnings=warnings,
+    )
+
+
+async def pause(client: Any, mode: PauseMode) -> None:
+    """Stop generation and wait until the engine is drained.  Caches stay: see ``reset_caches``."""
+    # an aborted push must cost nothing, so the caches are kept until new weights are there
+    await client.pause_generation(
+        **_accepted(client.pause_generation, {"mode": mode}, {"clear_cache": False})
+    )
+
+
+async def resume(client: Any) -> None:
+    """Start generation."""
+    await client.resume_generation()
+
+
+async def is_paused(client: Any) -> bool:
+    """Whether generation is stopped."""
+    return bool(await client.is_paused())
+
+
+async def reset_caches(client: Any) -> None:
+    """Drop all that was computed with the old weights: prefix blocks and encoder outputs.
+
+    Requests that a ``keep`` pause froze are computed anew from their tokens: without that their
+    blocks stay in use and the prefix cache cannot be reset.
+
+    Raises:
+        EngineError: The engine did not reset its prefix cache.
+    """
+    options = {"reset_running_requests": True, "reset_connector": True}
+    done = await client.reset_prefix_cache(**_accepted(client.reset_prefix_cache, {}, options))
+    if done is False:
+        raise EngineError(
+            "the engine did not reset its prefix cache",
+            hint="is there a KV connector that holds blocks? answers would mix old and new weights",
+        )
+    if (reset_encoder := getattr(client, "reset_encoder_cache", None)) is not None:
+        await reset_encoder()
+
+
+async def call_workers(client: Any, command: str, timeout_s: float) -> None:
+    """Hand one command to every worker and wait until each has returned."""
+    await client.collective_rpc("weightsync_call", timeout=timeout_s, kwargs={"command": command})
+
+
+def is_attention(module: Any) -> bool:
+    """Whether a worker's module is post-processed after all others, from their weights.
+
+    vLLM 0.32 has a test for it; 0.24 lists three classes in its loader.
+    """
+    from vllm.model_executor.layers import attention
+
+    test = getattr(attention, "is_deferred_attention_layer", None)
+    if test is not None:
+        return bool(test(module))
+    kinds = (attention.Attention, attention.MLAAttention, attention.MMEncoderAttention)
+    return isinstance(module, kinds) and hasattr(module, "process_weights_after_loading")
+
+
+def _accepted(
+    method: Callable[..., Any], needed: dict[str, Any], wanted: dict[str, Any]
+) -> dict[str, Any]:
+    """``needed`` and those of ``wanted`` that ``method`` takes.
+
+    Raises:
+        EngineError: It does not take what is needed.
+    """
+    parameters = inspect.signature(method).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return needed | wanted
+    if lacking := sorted(needed.keys() - parameters.keys()):
+        raise EngineError(
+            f"this engine's {method.__name__} takes no {', '.join(lacking)}",
+            hint=f"use a tested vLLM: {', '.join(TESTED_VERSIONS)}",
+        )
+    return needed | {k: v for k, v in wanted.items() if k in parameters}
