@@ -144,7 +144,7 @@ class Push:
             transaction.pause()
         self._held.last_version = self._version
         with self._timed("begin"):
-            transaction.begin(write_s=write_s)
+            transaction.begin()
         with self._timed("write"):
             session.write(self._version, timeout_s=write_s)
         with self._timed("commit"):

@@ -83,8 +83,8 @@ class Transaction:
 
         self._fleet.each(call)
 
-    def begin(self, *, write_s: float) -> None:
-        """Every worker checks its tensors and expects writes for at most ``write_s``.
+    def begin(self) -> None:
+        """Every worker checks its tensors and expects the writes.
 
         Raises:
             StaleEpochError, NoSessionError: A new rendezvous is needed; nothing changed.
@@ -97,7 +97,7 @@ class Transaction:
                 epoch=self._session.epochs[agent.index],
                 push_id=self._push_id,
                 version=self._version,
-                timeout_s=max(self._deadlines.begin_s, write_s),
+                timeout_s=self._deadlines.begin_s,
             )
             self.stages[agent.index] = Stage.BEGINNING
             agent.post("/begin_update", request, StepResponse, timeout_s=self._deadlines.begin_s)
