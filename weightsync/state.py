@@ -73,7 +73,8 @@ class AgentState:
     Attributes:
         phase: See the module's docstring.
         version: The last version that was whole on every worker.
-        target: Receiving: the version that is coming.  Torn: the interrupted one, if known.
+        target: Receiving: the version that is coming.  Torn: the lowest version that repairs: the
+            interrupted one, or the next after those that workers already hold.
         owner: The push that holds the engine; None with ``paused``: it was paused by hand.
         session: The open rendezvous.
         epoch: The last epoch that was given out; it only grows.
@@ -150,8 +151,10 @@ def _resume(state: AgentState, push_id: str | None) -> Step:
     _refuse_detached(state)
     if state.phase == "torn":
         raise EngineTornError(
-            f"the engine holds weights that are not whole ({_torn_between(state)})",
+            f"the engine's weights are not whole: version {state.version} was being replaced",
             hint="push again, all of it, with a new rendezvous; or restart the engine",
+            version=state.version,
+            lowest=state.target,
         )
     if state.phase == "ready":
         return Step(state)
@@ -193,8 +196,8 @@ def _begin(state: AgentState, ask: BeginAsked) -> Step:
         )
     # Only a torn engine may be given its interrupted version again; the new epoch keeps the
     # notifications of the two apart (WS-2).
-    again = state.phase == "torn" and state.target is not None
-    lowest = state.target if again and state.target is not None else state.version + 1
+    torn = state.phase == "torn" and state.target is not None
+    lowest = state.target if torn and state.target is not None else state.version + 1
     if ask.version < lowest:
         raise StaleVersionError(
             f"version {ask.version} is too old: the engine holds {state.version}",
@@ -266,7 +269,9 @@ def _outcome(state: AgentState, event: Outcome) -> Step:
             return Step(_torn(state))
         case Aborted(versions, dirty) if state.phase == "receiving":
             if dirty or len(versions) != 1:
-                return Step(_torn(state), (Effect.CLOSE,) if versions else ())
+                lowest = max((state.target or 0, *(v + 1 for v in versions)))
+                torn = replace(_torn(state), target=lowest)
+                return Step(torn, (Effect.CLOSE,) if versions else ())
             # WS-8: a late write of this push must find its registrations gone, so the epoch ends
             # even where nothing was touched
             whole = replace(_without_session(state), phase="paused", target=None)
@@ -282,8 +287,8 @@ def _attached(state: AgentState, event: Attached) -> Step:
     if not going_on:
         known = _without_session(known)
     if event.dirty or len(event.versions) != 1:
-        mixed = max(event.versions) if len(event.versions) != 1 else None
-        target = state.target if event.same and interrupted else mixed
+        newer = max(event.versions) + 1
+        target = max(newer, state.target or 0) if event.same else newer
         torn = replace(_without_session(known), phase="torn", owner=None, target=target)
         close = (Effect.CLOSE,) if event.same and state.session is not None else ()
         # a torn engine that runs is stopped at once (WS-4)
@@ -300,11 +305,6 @@ def _without_session(state: AgentState) -> AgentState:
 
 def _torn(state: AgentState) -> AgentState:
     return replace(_without_session(state), phase="torn", owner=None)
-
-
-def _torn_between(state: AgentState) -> str:
-    target = "an unknown version" if state.target is None else f"version {state.target}"
-    return f"version {state.version}, interrupted by {target}"
 
 
 # ------------------------------------------------------------------ refusals

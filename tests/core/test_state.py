@@ -166,7 +166,12 @@ def test_sessions_and_versions_are_checked(state, ask, error):
         (RECEIVING, PushFailed(reachable=False), TORN, ()),
         (RECEIVING, Aborted(frozenset({3}), dirty=True), TORN, (Effect.CLOSE,)),
         (RECEIVING, Aborted(frozenset(), dirty=True), TORN, ()),
-        (RECEIVING, Aborted(frozenset({3, 4}), dirty=False), TORN, (Effect.CLOSE,)),
+        (
+            RECEIVING,
+            Aborted(frozenset({3, 4}), dirty=False),
+            replace(TORN, target=5),
+            (Effect.CLOSE,),
+        ),
         (
             RECEIVING,
             Aborted(frozenset({3}), dirty=False),
@@ -214,9 +219,9 @@ def test_a_dirty_engine_found_running_is_stopped():
     assert (state.phase, effects) == ("torn", (Effect.PAUSE,))
 
 
-def test_workers_of_different_versions_are_torn_and_the_newer_one_may_come_again():
+def test_workers_of_different_versions_are_torn_and_only_a_newer_one_repairs():
     state, _ = step(AgentState(), attached((3, 4), paused=True, same=False))
-    assert (state.phase, state.version, state.target) == ("torn", 3, 4)
+    assert (state.phase, state.version, state.target) == ("torn", 3, 5)
 
 
 def test_an_engine_lost_in_mid_push_comes_back_torn_and_knows_the_interrupted_version():

@@ -126,7 +126,9 @@ class Calls:
             return InitTransferResponse(
                 session=request.session,
                 epoch=state.epoch,
-                version=state.version,
+                # of a torn engine the newest version that any push reached, so that the one after
+                # it is always new enough
+                version=max(state.version, (state.target or 0) - 1),
                 workers=made.result,
             )
 

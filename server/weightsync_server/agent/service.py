@@ -140,11 +140,14 @@ class Service:
 
     def note(self, what: str, error: WeightSyncError) -> None:
         """Remember an error for ``/status``, tell listeners and the log."""
-        log.warning("%s: %s", what, error)
         self.metrics.errors.labels(error.code).inc()
         entry = ErrorStatus(
             at=time.time(), what=what, code=error.code, detail=error.message, hint=error.hint
         )
+        if self.errors and self.errors[-1].model_copy(update={"at": entry.at}) == entry:
+            self.errors[-1] = entry  # the same again, as while an engine is away: no news
+            return
+        log.warning("%s: %s", what, error)
         self.errors.append(entry)
         self.hub.publish("error", entry.model_dump())
 

@@ -92,21 +92,22 @@ class WorkerEndpoint:
 
     def _run(self, message: WorkerCommand) -> Any:
         r = self.receiver
+        own = message.body_for(str(r.adapter.place))
         match message.op:
             case "describe":
                 return r.describe()
             case "attach":
-                return r.attach(unpack(message.body, AttachBody))
+                return r.attach(unpack(own, AttachBody))
             case "layout":
-                return r.layout(unpack(message.body, LayoutBody))
+                return r.layout(unpack(own, LayoutBody))
             case "connect":
-                return r.connect(unpack(message.body, ConnectBody))
+                return r.connect(unpack(own, ConnectBody))
             case "begin":
-                return r.begin(unpack(message.body, BeginBody))
+                return r.begin(unpack(own, BeginBody))
             case "commit":
-                return r.commit(unpack(message.body, CommitBody))
+                return r.commit(unpack(own, CommitBody))
             case "abort":
-                return r.abort(unpack(message.body, AbortBody))
+                return r.abort(unpack(own, AbortBody))
             case "close":
                 return r.close()
             case "checksums":
