@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -145,16 +146,16 @@ def peer() -> Iterator[Peer]:
 
 
 @pytest.fixture
-def writer() -> Iterator[NixlTransport]:
-    with NixlTransport("writer") as writer:
-        yield writer
+def source() -> np.ndarray:
+    return np.full(NBYTES, 7, np.uint8)
 
 
 @pytest.fixture
-def source(writer: NixlTransport) -> np.ndarray:
-    array = np.full(NBYTES, 7, np.uint8)
-    writer.register([LocalMemory(array.ctypes.data, NBYTES)])
-    return array
+def writer(source: np.ndarray) -> Iterator[NixlTransport]:
+    """A writer that has ``source`` registered; made after it, so that it is closed before it."""
+    with NixlTransport("writer", progress_thread=False) as writer:
+        writer.register([LocalMemory(source.ctypes.data, NBYTES)])
+        yield writer
 
 
 @pytest.fixture
@@ -163,11 +164,31 @@ def over_tcp(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple]:
     monkeypatch.setenv("UCX_TLS", "tcp")
     array = np.full(NBYTES, 7, np.uint8)
     first, second = Peer(), Peer()
-    with NixlTransport("writer") as writer:
+    with NixlTransport("writer", progress_thread=False) as writer:
         writer.register([LocalMemory(array.ctypes.data, NBYTES)])
         yield writer, array, first, second
     first.close()
     second.close()
+
+
+class Agent:
+    """A NIXL agent of which some calls fail with the errors given for them, one a call."""
+
+    def __init__(self, agent, **errors: list[Exception]) -> None:
+        self.agent, self.errors = agent, errors
+        self.calls: dict[str, list] = {name: [] for name in errors}
+
+    def __getattr__(self, name):
+        if name not in self.errors:
+            return getattr(self.agent, name)
+
+        def call(first, *rest):
+            self.calls[name].append(first)
+            if self.errors[name]:
+                raise self.errors[name].pop()
+            return getattr(self.agent, name)(first, *rest)
+
+        return call
 
 
 def push(writer, write, source, value: int) -> None:
@@ -239,16 +260,31 @@ def test_ten_thousand_descriptors_are_prepared_in_well_under_a_second(writer, so
 
 
 @pytest.mark.nixl
-def test_an_idle_end_leaves_the_core_alone(writer):
-    start_s = time.process_time()
-    time.sleep(0.5)
-    assert time.process_time() - start_s < 0.1
+def test_an_idle_end_with_a_progress_thread_leaves_the_core_alone():
+    with NixlTransport("idle"):
+        start_s = time.process_time()
+        time.sleep(0.5)
+        assert time.process_time() - start_s < 0.1
 
 
 @pytest.mark.nixl
-def test_memory_that_ucx_cannot_register_is_a_registration_error(writer):
-    with pytest.raises(RegistrationError, match="DRAM"):
-        writer.register([LocalMemory((1 << 64) - 4096, 4096)])
+def test_an_error_that_is_kept_does_not_keep_a_closed_agent_alive():
+    with NixlTransport("writer") as writer:
+        agent = weakref.ref(writer._agent)
+        with pytest.raises(TransportError) as kept:
+            writer.add_peer(writer.metadata())
+    assert agent() is None
+    assert "nixlInvalidParamError" in kept.value.message
+
+
+@pytest.mark.nixl
+def test_memory_that_nixl_refuses_is_a_registration_error_and_is_not_remembered(writer, source):
+    other = np.zeros(100, np.uint8)
+    memory = [LocalMemory(other.ctypes.data, 100)]
+    writer._agent = Agent(writer._agent, registerMem=[RuntimeError("no pages left to pin")])
+    with pytest.raises(RegistrationError, match=r"100 bytes of DRAM.*no pages left to pin"):
+        writer.register(memory)
+    writer.register(memory).close()
 
 
 @pytest.mark.nixl
@@ -262,30 +298,14 @@ def test_clean_up_that_fails_is_logged_and_goes_on(writer, source, caplog):
 
 @pytest.mark.nixl
 def test_a_handle_that_cannot_be_released_yet_is_released_at_close(writer, source, caplog):
-    class Stubborn:
-        """An agent that refuses the first release, as NIXL does for a write in flight."""
-
-        def __init__(self, agent) -> None:
-            self.agent, self.refusals, self.released = agent, 1, []
-
-        def __getattr__(self, name):
-            return getattr(self.agent, name)
-
-        def releaseXferReq(self, handle) -> None:  # noqa: N802
-            if self.refusals:
-                self.refusals -= 1
-                raise RuntimeError("still active")
-            self.released.append(handle)
-            self.agent.releaseXferReq(handle)
-
     with NixlTransport("target") as target:
         array = np.zeros(100, np.uint8)
         target.register([LocalMemory(array.ctypes.data, 100)])
         name = writer.add_peer(target.metadata())
         write = writer.prepare(name, [WriteOp(source.ctypes.data, array.ctypes.data, 100)])
-        handle, stubborn = write.handle, Stubborn(writer._agent)
-        writer._agent = stubborn
+        handle = write.handle
+        writer._agent = agent = Agent(writer._agent, releaseXferReq=[RuntimeError("still active")])
         write.close()
         assert "not released yet" in caplog.text
         writer.close()
-        assert stubborn.released == [handle]
+        assert agent.calls["releaseXferReq"] == [handle, handle]

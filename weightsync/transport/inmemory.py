@@ -15,14 +15,12 @@ from dataclasses import dataclass, field
 
 from weightsync import codec
 from weightsync.errors import (
-    DeadlineError,
     InputError,
-    PeerLostError,
     RegistrationError,
-    TransferFailedError,
     TransportError,
     WeightSyncError,
 )
+from weightsync.transport import refusals
 from weightsync.transport.base import (
     DRAM,
     LocalMemory,
@@ -103,6 +101,7 @@ class _Registration(Registration):
 
 @dataclass(eq=False)
 class _Write(PreparedWrite):
+    owner: InMemoryTransport
     peer: str
     nbytes: int
     descriptors: int
@@ -182,6 +181,11 @@ class InMemoryTransport(Transport):
                     f"transport {peer.name!r} is not on this fabric",
                     hint="an in-memory transport reaches only transports of its own Fabric",
                 )
+            if peer.name == self.name:
+                raise TransportError(
+                    f"transport {self.name!r} was given its own metadata",
+                    hint="copy within a process without a transport",
+                )
             remote = RegisteredMemory()
             if peer.memory:
                 remote.add([LocalMemory(addr, nbytes) for addr, nbytes in peer.memory])
@@ -205,21 +209,15 @@ class InMemoryTransport(Transport):
             self._refuse_unknown(peer)
             self._refuse_dead(peer)
             if not ops:
-                raise TransportError(
-                    f"no writes to prepare for {peer!r}", hint="leave out peers without writes"
-                )
+                raise refusals.no_writes(peer)
             for op in ops:
                 for where, end, side, addr in (
                     ("local", self._registered, local, op.local_addr),
                     ("remote", self._peers[peer], remote, op.remote_addr),
                 ):
                     if op.nbytes <= 0 or not end.covers(side.kind, side.device_id, addr, op.nbytes):
-                        raise TransportError(
-                            f"{op.nbytes} bytes at {where} {side.kind} {addr:#x} for {peer!r} do "
-                            "not lie in registered memory",
-                            hint="register first, then exchange metadata, then prepare",
-                        )
-            write = _Write(peer, sum(op.nbytes for op in ops), len(ops), tuple(ops))
+                        raise refusals.not_registered(where, side.kind, addr, op.nbytes, peer)
+            write = _Write(self, peer, sum(op.nbytes for op in ops), len(ops), tuple(ops))
             self._writes = [kept for kept in self._writes if not kept.closed] + [write]
             return write
 
@@ -230,17 +228,9 @@ class InMemoryTransport(Transport):
             mine = self._mine(write)
             if mine.closed or mine.posted or mine.error is not None:
                 state = "closed" if mine.closed else "posted" if mine.posted else "failed"
-                raise TransferFailedError(
-                    f"write to {mine.peer!r} cannot be posted: it is {state}",
-                    hint="wait for a posted write; prepare a closed or failed one again",
-                    peer=mine.peer,
-                )
+                raise refusals.not_postable(mine.peer, state)
             if not notification:
-                raise TransferFailedError(
-                    f"write to {mine.peer!r} has an empty notification",
-                    hint="name the push in it: the peer learns of the bytes by nothing else",
-                    peer=mine.peer,
-                )
+                raise refusals.empty_notification(mine.peer)
             if self.fabric.faults(mine.peer).torn_nbytes is None:
                 self._refuse_dead(mine.peer)
             mine.posted = True
@@ -260,21 +250,13 @@ class InMemoryTransport(Transport):
                     if write.error is not None:
                         raise write.error
                     if write.closed:
-                        raise TransferFailedError(
-                            f"write to {write.peer!r} was closed",
-                            hint="wait for a write before it, or its peer, is removed",
-                            peer=write.peer,
-                        )
+                        raise refusals.closed_write(write.peer)
                     write.posted = write.posted and write.due_s is not None
-                late = sorted({write.peer for write in mine if write.posted})
+                late = [write.peer for write in mine if write.posted]
             if not late:
                 return
             if time.monotonic() >= deadline_s:
-                raise DeadlineError(
-                    f"writes to {', '.join(late)} have not completed within {timeout_s} s",
-                    hint="the peer may be stopped or the wire slow: abort the push",
-                    peers=late,
-                )
+                raise refusals.late(late, timeout_s)
             time.sleep(_POLL_S)
 
     def notify(self, peer: str, message: bytes) -> None:
@@ -318,7 +300,7 @@ class InMemoryTransport(Transport):
                 _copy(write.ops, write.nbytes if faults.torn_nbytes is None else faults.torn_nbytes)
             if faults.dead:
                 write.posted = False
-                write.error = _lost(write.peer)
+                write.error = refusals.lost_peer(write.peer)
             else:
                 self._deliver(write.peer, write.notification)
 
@@ -327,38 +309,21 @@ class InMemoryTransport(Transport):
             self.fabric.inboxes[peer].setdefault(self.name, []).append(message)
 
     def _mine(self, write: PreparedWrite) -> _Write:
-        if not isinstance(write, _Write):
-            raise TransferFailedError(
-                f"{type(write).__name__} was not prepared by an in-memory transport",
-                hint="post a write with the transport that prepared it",
-            )
+        if not isinstance(write, _Write) or write.owner is not self:
+            raise refusals.foreign_write(write.peer)
         return write
 
     def _refuse_closed(self) -> None:
         if self._closed:
-            raise TransportError(
-                f"transport {self.name!r} is closed", hint="make a new one; names are never reused"
-            )
+            raise refusals.closed_end(self.name)
 
     def _refuse_unknown(self, peer: str) -> None:
         if peer not in self._peers:
-            raise TransportError(
-                f"peer {peer!r} is unknown to {self.name!r}",
-                hint="add_peer with the peer's metadata first",
-                peer=peer,
-            )
+            raise refusals.unknown_peer(peer, self.name)
 
     def _refuse_dead(self, peer: str) -> None:
         if self.fabric.faults(peer).dead:
-            raise _lost(peer)
-
-
-def _lost(peer: str) -> PeerLostError:
-    return PeerLostError(
-        f"peer {peer!r} is gone",
-        hint="remove_peer, and connect to whatever replaces it under its new name",
-        peer=peer,
-    )
+            raise refusals.lost_peer(peer)
 
 
 def _copy(ops: Sequence[WriteOp], nbytes: int) -> None:

@@ -10,9 +10,11 @@ What NIXL 1.5 does, and what follows from it here (seen in its source and in run
   completes only once the target's Python code polls.  NIXL's Python wrapper makes that thread
   spin (one core, idle).  Given an interval it sleeps on file descriptors instead: 0.4% of a core
   at the default 10 ms, and a small write still takes 0.3 ms since an event wakes it.  So it is on
-  by default and the binding is used directly.  An end that only writes needs none: waiting polls.
+  by default and the binding is used directly.  An end that only writes is better without: waiting
+  polls, and the copy takes half the CPU.
 - *One handle a peer.*  10,000 descriptors cost 1 ms to prepare as one request, 0.3 ms as prepared
-  lists; posting costs the same, so the form with one handle to release is used.
+  lists; posting costs the same, so the form with one handle to release is used.  On TCP that many
+  descriptors run at a sixth of the rate of one: merge writes.
 - *Blocking.*  On one host the copy may happen inside ``post``; the GIL is free meanwhile.
 - *Damaged metadata* makes NIXL refuse the right one of that peer for ever after, so a checksum
   stands in front of it.  The sender's name in a notification is what the sender says: it is no
@@ -33,14 +35,9 @@ from typing import Any
 
 import numpy as np
 
-from weightsync.errors import (
-    DeadlineError,
-    PeerLostError,
-    RegistrationError,
-    TransferFailedError,
-    TransportError,
-)
+from weightsync.errors import PeerLostError, RegistrationError, TransportError
 from weightsync.layout import MemoryKind
+from weightsync.transport import refusals
 from weightsync.transport.base import (
     DRAM,
     LocalMemory,
@@ -50,7 +47,7 @@ from weightsync.transport.base import (
     Transport,
     WriteOp,
 )
-from weightsync.transport.nixl_errors import is_done, logged, lost, translated
+from weightsync.transport.nixl_errors import is_done, logged, translated
 from weightsync.transport.registry import RegisteredMemory
 
 logger = logging.getLogger(__name__)
@@ -100,10 +97,10 @@ class _Write(PreparedWrite):
         self.posted = False
         #: what ended it; it cannot be posted again
         self.error: TransportError | None = None
-        self._owner = owner
+        self.owner = owner
 
     def close(self) -> None:
-        self._owner.release(self)
+        self.owner.release(self)
 
 
 class NixlTransport(Transport):
@@ -114,7 +111,8 @@ class NixlTransport(Transport):
 
     Args:
         label: Start of the name, for people; a uuid follows, so a name is never used twice (WS-8).
-        progress_thread: Let NIXL make progress while Python is busy.  A target needs it.
+        progress_thread: Let NIXL make progress while Python is busy.  A target needs it; pass
+            False for an end that only writes.
         progress_interval_us: Longest sleep of that thread; an event wakes it sooner.  1000 or
             more; its unit at NIXL is a millisecond.
 
@@ -151,7 +149,7 @@ class NixlTransport(Transport):
     def register(self, memory: Sequence[LocalMemory]) -> Registration:
         """See :meth:`Transport.register`.  A segment is one interval: no write may span two."""
         with self._lock:
-            agent = self._live()
+            self._refuse_closed()
             self._registered.add(memory)
             registration = _Registration(self, memory, [])
             try:
@@ -160,7 +158,7 @@ class NixlTransport(Transport):
                     nbytes = sum(row[1] for row in rows)
                     descriptors = self._nixl.nixlRegDList(self._segment(kind), _rows(rows))
                     with translated(f"registering {nbytes} bytes of {kind}"):
-                        agent.registerMem(descriptors, [])
+                        self._agent.registerMem(descriptors, [])
                     registration.lists.append(descriptors)
             except TransportError as error:
                 self._deregister(registration)
@@ -181,7 +179,8 @@ class NixlTransport(Transport):
     def metadata(self) -> bytes:
         """See :meth:`Transport.metadata`."""
         with self._lock, translated("reading the metadata"):
-            blob: bytes = self._live().getLocalMD()
+            self._refuse_closed()
+            blob: bytes = self._agent.getLocalMD()
         return _MAGIC + zlib.crc32(blob).to_bytes(4, "big") + blob
 
     def add_peer(self, metadata: bytes) -> str:
@@ -197,16 +196,20 @@ class NixlTransport(Transport):
                 hint="hand over what the peer's metadata() returned, unchanged",
             )
         with self._lock:
-            agent = self._live()
+            self._refuse_closed()
             with translated("loading a peer's metadata"):
-                peer = agent.loadRemoteMD(blob).decode()
+                peer = self._agent.loadRemoteMD(blob).decode()
             if peer in self._lost:
-                raise lost(peer)
+                raise refusals.lost_peer(peer)
             self._peers.add(peer)
             return str(peer)
 
     def remove_peer(self, peer: str) -> None:
-        """See :meth:`Transport.remove_peer`; releases the writes to it first."""
+        """See :meth:`Transport.remove_peer`; releases the writes to it first.
+
+        UCX closes the connection in the background, so adding the same peer again at once may
+        find it lost.  To refresh a peer call ``add_peer`` without removing it.
+        """
         with self._lock:
             if peer not in self._peers:
                 return
@@ -215,27 +218,23 @@ class NixlTransport(Transport):
             self._peers.discard(peer)
             self._lost.discard(peer)
             with logged(f"removing peer {peer!r}"):
-                self._live().invalidateRemoteMD(peer)
+                self._agent.invalidateRemoteMD(peer)
 
     def prepare(
         self, peer: str, ops: Sequence[WriteOp], *, local: Side = DRAM, remote: Side = DRAM
     ) -> PreparedWrite:
         """See :meth:`Transport.prepare`."""
         with self._lock:
-            agent = self._live()
+            self._refuse_closed()
             self._refuse_unknown(peer)
             if not ops:
-                raise TransportError(
-                    f"no writes to prepare for {peer!r}", hint="leave out peers without writes"
-                )
+                raise refusals.no_writes(peer)
             for op in ops:
                 if op.nbytes <= 0 or not self._registered.covers(
                     local.kind, local.device_id, op.local_addr, op.nbytes
                 ):
-                    raise TransportError(
-                        f"{op.nbytes} bytes at local {local.kind} {op.local_addr:#x} for {peer!r} "
-                        "do not lie in registered memory",
-                        hint="register first, then prepare",
+                    raise refusals.not_registered(
+                        "local", local.kind, op.local_addr, op.nbytes, peer
                     )
             with translated(f"preparing {len(ops)} writes", peer):
                 here, there = (
@@ -245,7 +244,9 @@ class NixlTransport(Transport):
                         (remote, [(op.remote_addr, op.nbytes, remote.device_id) for op in ops]),
                     )
                 )
-                handle = agent.createXferReq(self._nixl.NIXL_WRITE, here, there, peer, b"", [])
+                handle = self._agent.createXferReq(
+                    self._nixl.NIXL_WRITE, here, there, peer, b"", []
+                )
             write = _Write(self, peer, ops, handle)
             self._writes.add(write)
             return write
@@ -253,24 +254,16 @@ class NixlTransport(Transport):
     def post(self, write: PreparedWrite, notification: bytes) -> None:
         """See :meth:`Transport.post`.  The whole copy may happen in here; the GIL is released."""
         with self._lock:
-            agent = self._live()
+            self._refuse_closed()
             mine = self._mine(write)
             if mine.handle is None or mine.posted or mine.error is not None:
                 state = "closed" if mine.handle is None else "posted" if mine.posted else "failed"
-                raise TransferFailedError(
-                    f"write to {mine.peer!r} cannot be posted: it is {state}",
-                    hint="wait for a posted write; prepare a closed or failed one again",
-                    peer=mine.peer,
-                )
+                raise refusals.not_postable(mine.peer, state)
             if not notification:
-                raise TransferFailedError(
-                    f"write to {mine.peer!r} has an empty notification",
-                    hint="name the push in it: NIXL would send the last push's message again",
-                    peer=mine.peer,
-                )
+                raise refusals.empty_notification(mine.peer)
             self._refuse_unknown(mine.peer)
             with self._tracked(mine, "posting a write"):
-                is_done(agent.postXferReq(mine.handle, notification).name, mine.peer)
+                is_done(self._agent.postXferReq(mine.handle, notification).name, mine.peer)
             # Complete or not: what was posted must be waited for (WS-3).
             mine.posted = True
 
@@ -287,30 +280,21 @@ class NixlTransport(Transport):
             if not pending:
                 return
             if time.monotonic() >= deadline_s:
-                late = sorted({write.peer for write in pending})
-                raise DeadlineError(
-                    f"writes to {', '.join(late)} have not completed within {timeout_s} s",
-                    hint="the peer may be stopped or the wire slow: abort the push",
-                    peers=late,
-                )
+                raise refusals.late((write.peer for write in pending), timeout_s)
             # WS-6: sleeps, since a spinning writer steals the core that the copy runs on.
             time.sleep(pause_s)
             pause_s = min(pause_s * 2, _POLL_MAX_S)
 
     def _settled(self, write: _Write) -> bool:
         with self._lock:
-            agent = self._live()
+            self._refuse_closed()
             if write.error is not None:
                 raise write.error
             if write.handle is None:
-                raise TransferFailedError(
-                    f"write to {write.peer!r} was closed",
-                    hint="wait for a write before it, or its peer, is removed",
-                    peer=write.peer,
-                )
+                raise refusals.closed_write(write.peer)
             if write.posted:
                 with self._tracked(write, "waiting for a write"):
-                    status = agent.getXferStatus(write.handle).name
+                    status = self._agent.getXferStatus(write.handle).name
                     write.posted = not is_done(status, write.peer)
             return not write.posted
 
@@ -330,14 +314,16 @@ class NixlTransport(Transport):
     def notify(self, peer: str, message: bytes) -> None:
         """See :meth:`Transport.notify`."""
         with self._lock:
+            self._refuse_closed()
             self._refuse_unknown(peer)
             with translated("sending a notification", peer):
-                self._live().genNotif(peer, message)
+                self._agent.genNotif(peer, message)
 
     def notifications(self) -> Mapping[str, Sequence[bytes]]:
         """See :meth:`Transport.notifications`.  Waits while another thread is in ``post``."""
         with self._lock, translated("reading notifications"):
-            received: dict[str, list[bytes]] = self._live().getNotifs({}, [])
+            self._refuse_closed()
+            received: dict[str, list[bytes]] = self._agent.getNotifs({}, [])
             return received
 
     def release(self, write: _Write) -> None:
@@ -368,14 +354,13 @@ class NixlTransport(Transport):
                     self._agent.releaseXferReq(handle)
             for registration in list(self._registrations):
                 self.unregister(registration)
+            # Nothing else may hold the agent, least of all a frame that an error keeps: UCX shuts
+            # down here, not whenever the garbage collector comes by.
             self._agent = None
 
-    def _live(self) -> Any:
+    def _refuse_closed(self) -> None:
         if self._agent is None:
-            raise TransportError(
-                f"transport {self.name!r} is closed", hint="make a new one; names are never reused"
-            )
-        return self._agent
+            raise refusals.closed_end(self.name)
 
     def _segment(self, kind: MemoryKind) -> Any:
         return self._nixl.VRAM_SEG if kind == "VRAM" else self._nixl.DRAM_SEG
@@ -384,25 +369,18 @@ class NixlTransport(Transport):
         self._registered.remove(registration.memory)
         for descriptors in registration.lists:
             with logged("deregistering memory"):
-                self._live().deregisterMem(descriptors, [])
+                self._agent.deregisterMem(descriptors, [])
 
     def _mine(self, write: PreparedWrite) -> _Write:
-        if not isinstance(write, _Write):
-            raise TransferFailedError(
-                f"{type(write).__name__} was not prepared by NIXL",
-                hint="post a write with the transport that prepared it",
-            )
+        if not isinstance(write, _Write) or write.owner is not self:
+            raise refusals.foreign_write(write.peer)
         return write
 
     def _refuse_unknown(self, peer: str) -> None:
         if peer in self._lost:
-            raise lost(peer)
+            raise refusals.lost_peer(peer)
         if peer not in self._peers:
-            raise TransportError(
-                f"peer {peer!r} is unknown to {self.name!r}",
-                hint="add_peer with the peer's metadata first",
-                peer=peer,
-            )
+            raise refusals.unknown_peer(peer, self.name)
 
 
 def _rows(rows: Sequence[tuple[int, int, int]]) -> np.ndarray[Any, np.dtype[np.uint64]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from weightsync.errors import PeerLostError, TransferFailedError, TransportError
+from weightsync.transport.refusals import LOST_HINT
 
 logger = logging.getLogger(__name__)
 
@@ -30,19 +31,10 @@ ERRORS: Mapping[str, tuple[type[TransportError], str]] = {
     "nixlNotFoundError": (TransportError, _NOT_FOUND),
     "nixlNotPostedError": (TransferFailedError, "post the write before waiting for it"),
     "nixlNotSupportedError": (TransportError, "UCX lacks this: check its build and UCX_TLS"),
-    "nixlRemoteDisconnectError": (
-        PeerLostError,
-        "remove_peer, and connect to whatever replaces it under its new name",
-    ),
+    "nixlRemoteDisconnectError": (PeerLostError, LOST_HINT),
     "nixlRepostActiveError": (TransferFailedError, "wait for the write before posting it again"),
     "nixlUnknownError": (TransferFailedError, _SEE_LOG),
 }
-
-
-def lost(peer: str) -> PeerLostError:
-    """The error for a peer that was seen to be gone before."""
-    _, hint = ERRORS["nixlRemoteDisconnectError"]
-    return PeerLostError(f"peer {peer!r} is gone", hint=hint, peer=peer)
 
 
 @contextmanager
