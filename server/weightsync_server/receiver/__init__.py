@@ -1,0 +1,1 @@
+"""The receiver: what runs inside of an engine's worker."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from weightsync.geometry import Int64s, dst_runs, gaps_and_overlaps, strided_copy, union
-from weightsync_server.receiver.tracer import Strided, TracedCopy
+from weightsync_server.receiver.regions import Strided, TracedCopy
 
 _EMPTY: Int64s = np.zeros(0, dtype=np.int64)
 
@@ -45,6 +45,12 @@ def within(inner: Sequence[tuple[int, int]], outer: tuple[Int64s, Int64s]) -> bo
     return True
 
 
+def overlap(a: tuple[Int64s, Int64s], b: tuple[Int64s, Int64s]) -> bool:
+    """Whether two sets of sorted disjoint intervals share an element."""
+    _, twice = gaps_and_overlaps(np.concatenate((a[0], b[0])), np.concatenate((a[1], b[1])))
+    return bool(len(twice))
+
+
 def last_write_wins(copies: Sequence[TracedCopy]) -> list[TracedCopy]:
     """Drop copies that a later one overwrites whole, as a load in that order leaves it.
 
@@ -58,5 +64,11 @@ def last_write_wins(copies: Sequence[TracedCopy]) -> list[TracedCopy]:
     _, twice = gaps_and_overlaps(np.concatenate(starts), np.concatenate(stops))
     if not len(twice):
         return list(copies)
-    final = {(c.dst.offset, c.dst.shape, c.dst.strides): c for c in copies}
+    final: dict[object, TracedCopy] = {}
+    for c in copies:
+        # one key for all spellings of the same elements; what stays keeps the loader's order
+        zeros = (0,) * len(c.dst.shape)
+        key = strided_copy(c.dst.shape, 0, zeros, c.dst.offset, c.dst.strides)
+        final.pop(key, None)
+        final[key] = c
     return list(final.values())

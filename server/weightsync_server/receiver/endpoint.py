@@ -35,7 +35,7 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 def nixl_transport() -> Transport:
     """A NIXL transport with a fresh name."""
-    from weightsync.transport.nixl import NixlTransport  # noqa: PLC0415 - only where it is used
+    from weightsync.transport.nixl import NixlTransport
 
     return NixlTransport()
 

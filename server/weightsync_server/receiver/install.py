@@ -9,8 +9,8 @@ the live module, in place wherever a tensor can be kept, so that captured CUDA g
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,50 +18,25 @@ from torch import nn
 
 from weightsync.errors import LayoutError
 from weightsync_server.engines.base import EngineAdapter
-
-_SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
+from weightsync_server.receiver.changes import SLOTS, Before, Changes, apart, attributes
+from weightsync_server.receiver.kernel import own_tensors, same_form
+from weightsync_server.receiver.watch import key_of
 
 
 @dataclass(frozen=True)
-class Changes:
-    """What post-processing did to a module.
+class Finished:
+    """A finished copy, which of its tensors were loaded, and what finishing changed."""
 
-    Attributes:
-        params: Parameters and buffers that are other objects, or have another form, than before.
-        tensors: Attributes that are tensors and were set.
-        objects: Attributes that are neither tensors nor plain values and were set.
-        hidden: Tensors that the quantisation method keeps and the module does not own.
-    """
-
-    params: frozenset[str]
-    tensors: frozenset[str]
-    objects: frozenset[str]
-    hidden: frozenset[str]
-
-    @property
-    def none(self) -> bool:
-        """Whether the module is as it was loaded."""
-        return not (self.params or self.tensors or self.objects or self.hidden)
+    module: nn.Module
+    loaded: frozenset[str]
+    changes: Changes
 
 
 def _shallow(module: Any) -> Any:
     twin = copy.copy(module)
-    for slot in ("_parameters", "_buffers", "_modules"):
-        if slot in twin.__dict__:
-            twin.__dict__[slot] = dict(twin.__dict__[slot])
+    for slot in SLOTS & twin.__dict__.keys():
+        twin.__dict__[slot] = dict(twin.__dict__[slot])
     return twin
-
-
-def _named(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of this module alone."""
-    own = {**module._parameters, **module._buffers}  # noqa: SLF001 - nn.Module has no other door
-    return {name: t for name, t in own.items() if t is not None}
-
-
-def _plain(module: nn.Module) -> dict[str, Any]:
-    return {
-        k: v for k, v in module.__dict__.items() if k not in {"_parameters", "_buffers", "_modules"}
-    }
 
 
 def as_parameter(like: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
@@ -74,113 +49,95 @@ def as_parameter(like: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
 def loaded_copy(twin: nn.Module, tensors: Mapping[str, torch.Tensor], live: nn.Module) -> nn.Module:
     """A shallow copy of a twin's module, its parameters ``tensors`` in load format.
 
-    What else is on the meta device (buffers, tables that are no weights) is taken from ``live``.
+    What else is on the meta device (buffers, tables that are no weights) is copied from ``live``:
+    post-processing may write to it.
     """
     made: nn.Module = _shallow(twin)
     method = getattr(twin, "quant_method", None)
     if method is not None:
-        setattr(made, "quant_method", _shallow(method))  # noqa: B010 - nn.Module's own setattr
-    for store, own in ((made._parameters, "_parameters"), (made._buffers, "_buffers")):  # noqa: SLF001
+        made.__dict__["quant_method"] = _shallow(method)
+    for store, own in ((made._parameters, live._parameters), (made._buffers, live._buffers)):  # noqa: SLF001
         for name, t in list(store.items()):
-            if t is None:
-                continue
-            if name in tensors:
+            source = own.get(name) if _on_meta(t) else t
+            if name in tensors and t is not None:
                 store[name] = as_parameter(t, tensors[name])  # type: ignore[assignment]
-            elif t.is_meta and name in getattr(live, own):
-                store[name] = getattr(live, own)[name]
-    for name, value in _plain(made).items():
-        if isinstance(value, torch.Tensor) and value.is_meta and name in live.__dict__:
-            made.__dict__[name] = live.__dict__[name]
+            elif t is not None and source is not None:
+                store[name] = as_parameter(t, apart(source))  # type: ignore[assignment]
+    for name, value in attributes(made).items():
+        source = live.__dict__.get(name) if _on_meta(value) else value
+        if isinstance(source, torch.Tensor):
+            made.__dict__[name] = apart(source)
     return made
 
 
-def _reachable(value: Any, depth: int) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif depth and isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _reachable(item, depth - 1)
-    elif depth and isinstance(value, dict):
-        for item in value.values():
-            yield from _reachable(item, depth - 1)
-    elif depth and is_dataclass(value):
-        for f in fields(value):
-            yield from _reachable(getattr(value, f.name, None), depth - 1)
-    elif depth and hasattr(value, "__dict__") and not isinstance(value, type):
-        for item in vars(value).values():
-            yield from _reachable(item, depth - 1)
-
-
-def _same_form(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride()
-
-
-def changes(loaded: nn.Module, finished: nn.Module) -> Changes:
-    """Compare a loaded copy with itself after ``finish`` (two shallow copies of one origin)."""
-    before, after = _named(loaded), _named(finished)
-    params = {
-        name
-        for name in before.keys() | after.keys()
-        if name not in before
-        or name not in after
-        or not _same_form(before[name], after[name])
-        or before[name].data_ptr() != after[name].data_ptr()
-    }
-    old, new = _plain(loaded), _plain(finished)
-    fresh = {k: v for k, v in new.items() if k not in old or old[k] is not v}
-    fresh.pop("quant_method", None)
-    tensors = {k for k, v in fresh.items() if isinstance(v, torch.Tensor)}
-    objects = {k for k, v in fresh.items() if k not in tensors and not isinstance(v, _SCALARS)}
-    own = {t.untyped_storage().data_ptr() for t in after.values() if t.numel()}
-    hidden: set[str] = set()
-    m_old, m_new = getattr(loaded, "quant_method", None), getattr(finished, "quant_method", None)
-    if m_old is not None and m_new is not None:
-        for key, value in vars(m_new).items():
-            if vars(m_old).get(key) is value:
-                continue
-            if any(
-                t.numel() > 1 and not t.is_meta and t.untyped_storage().data_ptr() not in own
-                for t in _reachable(value, 4)
-            ):
-                hidden.add(key)
-    return Changes(frozenset(params), frozenset(tensors), frozenset(objects), frozenset(hidden))
+def _on_meta(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_meta
 
 
 def finished_copy(
-    adapter: EngineAdapter, twin: nn.Module, tensors: Mapping[str, torch.Tensor], live: nn.Module
-) -> tuple[nn.Module, Changes]:
-    """A loaded copy after the engine's post-processing, and what that changed."""
-    loaded = loaded_copy(twin, tensors, live)
+    adapter: EngineAdapter,
+    twin: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    live: nn.Module,
+    *,
+    share: bool = False,
+) -> Finished:
+    """A loaded copy after the engine's post-processing, and what that changed.
+
+    Args:
+        adapter: The engine.
+        twin: The module in load format, never finished; it stays so.
+        tensors: Its parameters in load format, by the module's own names.
+        live: The module that serves.
+        share: Let the copy keep ``tensors`` themselves (live memory that finishing is known to
+            leave alone).  Otherwise it gets copies: what finishing does to them, or refers to,
+            must not be there when the next push writes to ``tensors`` (WS-1).
+    """
+    given = tensors if share else {name: t.clone() for name, t in tensors.items()}
+    loaded = loaded_copy(twin, given, live)
+    before = Before(loaded, tensors)
     finished: nn.Module = _shallow(loaded)
     method = getattr(loaded, "quant_method", None)
     if method is not None:
-        setattr(finished, "quant_method", _shallow(method))  # noqa: B010
+        finished.__dict__["quant_method"] = _shallow(method)
     adapter.finish(finished)
-    return finished, changes(loaded, finished)
+    return Finished(finished, frozenset(tensors), before.changes(finished, live))
 
 
-def obstacle(live: nn.Module, finished: nn.Module, made: Changes, *, replaceable: bool) -> str:
+def obstacle(live: nn.Module, made: Finished, *, replaceable: bool) -> str:
     """Why the result could not be transplanted; empty where it can be."""
-    if made.hidden:
+    changed, own, new = made.changes, own_tensors(live), own_tensors(made.module)
+    if changed.hidden:
         return (
-            "its quantisation method keeps tensors of its own "
-            f"({', '.join(sorted(made.hidden))}) that cannot be renewed in place"
+            f"post-processing changes {', '.join(sorted(changed.hidden))}, "
+            "which cannot be renewed in place"
         )
     if replaceable:
         return ""
-    if made.objects:
-        return f"post-processing sets {', '.join(sorted(made.objects))}, which captured graphs keep"
-    own, new = _named(live), _named(finished)
-    for name in made.params:
-        if name in own and name in new and not _same_form(own[name], new[name]):
+    if changed.objects or changed.values:
+        return (
+            f"post-processing sets {', '.join(sorted(changed.objects | changed.values))}, "
+            "which captured graphs keep"
+        )
+    now = {n: (own.get(n), new.get(n)) for n in sorted(made.loaded | changed.params)}
+    for name in sorted(changed.tensors):
+        held = live.__dict__.get(name)
+        now[name] = (held if isinstance(held, torch.Tensor) else None, made.module.__dict__[name])
+    for name, (theirs, ours) in now.items():
+        if ours is not None and (theirs is None or not same_form(theirs, ours)):
             return (
-                f"{name} is {new[name].dtype} {tuple(new[name].shape)} after post-processing and "
-                f"{own[name].dtype} {tuple(own[name].shape)} in the live engine"
+                f"{name} is {_form(ours)} after post-processing and {_form(theirs)} in the live "
+                "engine, which captured graphs keep"
             )
     return ""
 
 
-def transplant(live: nn.Module, finished: nn.Module, made: Changes, *, replaceable: bool) -> None:
+def _form(t: torch.Tensor | None) -> str:
+    return "absent" if t is None else f"{t.dtype} {tuple(t.shape)}, strides {t.stride()}"
+
+
+@torch.no_grad()
+def transplant(live: nn.Module, made: Finished, *, replaceable: bool) -> None:
     """Move a finished copy's result into the live module.
 
     The engine is paused.  Tensors of the same form are copied in place; on engines without
@@ -189,26 +146,31 @@ def transplant(live: nn.Module, finished: nn.Module, made: Changes, *, replaceab
     Raises:
         LayoutError: See :func:`obstacle`; nothing was changed.
     """
-    reason = obstacle(live, finished, made, replaceable=replaceable)
+    reason = obstacle(live, made, replaceable=replaceable)
     if reason:
-        raise LayoutError(f"a finished module cannot be put into the live engine: {reason}")
-    own = _named(live)
-    for name, new in _named(finished).items():
+        raise LayoutError(
+            f"a finished module cannot be put into the live engine: {reason}",
+            hint="restart the engine with the new checkpoint",
+        )
+    own, finished, changed = own_tensors(live), made.module, made.changes
+    for name, new in own_tensors(finished).items():
         old = own.get(name)
-        if old is not None and _same_form(old, new):
+        if name not in made.loaded | changed.params:
+            continue
+        if old is not None and same_form(old, new):
             if new.numel() and old.data_ptr() != new.data_ptr():
                 old.data.copy_(new.data)
         elif name in finished._parameters:  # noqa: SLF001
             live._parameters[name] = new  # type: ignore[assignment]  # noqa: SLF001
         else:
             live._buffers[name] = new  # noqa: SLF001
-    for name in made.tensors:
+    for name in changed.tensors:
         old, new = live.__dict__.get(name), finished.__dict__[name]
-        if isinstance(old, torch.Tensor) and _same_form(old, new):
-            old.copy_(new)
+        if isinstance(old, torch.Tensor) and same_form(old, new):
+            old.data.copy_(new.data)
         else:
             live.__dict__[name] = new
-    for name in made.objects:
+    for name in changed.objects | changed.values:
         live.__dict__[name] = finished.__dict__[name]
 
 
@@ -220,7 +182,7 @@ def materialise(twin: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -
             for name, t in store.items():
                 if t is None or not t.is_meta:
                     continue
-                key = int(t.untyped_storage()._cdata)  # noqa: SLF001
+                key = key_of(t)
                 if key not in made:
                     made[key] = as_parameter(t, make(t))
                 store[name] = made[key]  # type: ignore[assignment]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from weightsync.errors import IdentityError
-from weightsync_server.receiver.tracer import Strided, TracedCopy
+from weightsync_server.receiver.regions import Strided, TracedCopy
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +41,13 @@ def tensor_at(model: nn.Module, name: str) -> torch.Tensor | None:
         module = model.get_submodule(path)
     except AttributeError:
         return None
-    found = module._parameters.get(leaf)  # noqa: SLF001 - the names of the twin, looked up live
-    if found is None:
-        found = module._buffers.get(leaf)  # noqa: SLF001
-    return found
+    return own_tensors(module).get(leaf)
+
+
+def own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of this module alone."""
+    own = {**module._parameters, **module._buffers}  # noqa: SLF001 - nn.Module has no other door
+    return {name: t for name, t in own.items() if t is not None}
 
 
 def check_identities(model: nn.Module, known: dict[str, Identity]) -> None:
@@ -59,7 +62,7 @@ def check_identities(model: nn.Module, known: dict[str, Identity]) -> None:
         if now != identity:
             raise IdentityError(
                 f"kernel tensor {name} changed since it was registered: {identity} is now {now}",
-                hint="a new rendezvous registers it again; sleep/wake, LoRA or a reload moves weights",
+                hint="sleep/wake, LoRA or a reload moves weights: a new rendezvous registers them",
                 tensor=name,
             )
 
@@ -72,6 +75,18 @@ def flat_bytes(t: torch.Tensor) -> torch.Tensor:
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors have equal form and equal bytes (NaNs and signed zeros included)."""
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(flat_bytes(a), flat_bytes(b))
+
+
+def same_form(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have equal shape, dtype and strides."""
+    return a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride()
+
+
+def same_data(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are equal in form and bytes; one memory is not compared with itself."""
+    if a.is_meta or b.is_meta:
+        return a is b
+    return same_form(a, b) and (a.data_ptr() == b.data_ptr() or same_bytes(a, b))
 
 
 def view(flat: torch.Tensor, region: Strided) -> torch.Tensor:
@@ -109,7 +124,7 @@ def _slice(region: Strided, dim: int, start: int, count: int) -> Strided:
 def replay(
     copies: Iterable[TracedCopy], source: Callable[[str], torch.Tensor], target: torch.Tensor
 ) -> None:
-    """Do the traced copies into ``target`` (load format, contiguous) from flat checkpoint tensors."""
+    """Do the traced copies into a contiguous ``target`` from flat checkpoint tensors."""
     flat = target.reshape(-1)
     for c in copies:
         view(flat, c.dst).copy_(view(source(c.tensor), c.src))

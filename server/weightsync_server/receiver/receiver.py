@@ -7,7 +7,6 @@ and a worker whose live weights may be half written says so (``dirty``) until a 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import time
@@ -16,16 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from weightsync import digest
-from weightsync.coverage import check_writes
-from weightsync.errors import (
-    DeadlineError,
-    LayoutError,
-    NoSessionError,
-    StaleEpochError,
-    StaleVersionError,
-    VerifyError,
-)
+from weightsync.errors import LayoutError, NoSessionError, StaleEpochError, StaleVersionError
 from weightsync.manifest import Manifest
 from weightsync.transport.base import LocalMemory, Transport
 from weightsync.worker_messages import (
@@ -44,44 +34,15 @@ from weightsync.worker_messages import (
 )
 from weightsync_server.engines.base import EngineAdapter
 from weightsync_server.receiver.checkpoint import Checkpoint
+from weightsync_server.receiver.epoch import Epoch
 from weightsync_server.receiver.install import materialise, transplant
-from weightsync_server.receiver.kernel import (
-    Identity,
-    check_identities,
-    flat_bytes,
-    same_bytes,
-    tensor_at,
-)
+from weightsync_server.receiver.kernel import Identity, check_identities, same_bytes, tensor_at
+from weightsync_server.receiver.oracle import checksums
 from weightsync_server.receiver.proof import Proofs, Prover
 from weightsync_server.receiver.target import Copies, Target, copies_by_tensor
 from weightsync_server.receiver.tracer import trace
 
 logger = logging.getLogger(__name__)
-
-_POLL_S = 0.0005
-_COLUMNS = 1024
-
-
-class _Epoch:
-    """Everything that is thrown away when an epoch ends (WS-8)."""
-
-    def __init__(
-        self, number: int, manifest: Manifest, target: Target, transport: Transport
-    ) -> None:
-        self.number = number
-        self.manifest = manifest
-        self.target = target
-        self.transport = transport
-        self.writes: dict[int, list[tuple[int, int, int]]] = {}
-        self.seen: set[bytes] = set()
-        self.pushing = 0
-
-    def poll(self) -> None:
-        for messages in self.transport.notifications().values():
-            self.seen.update(messages)
-
-    def close(self) -> None:
-        self.transport.close()
 
 
 class Receiver:
@@ -102,7 +63,8 @@ class Receiver:
         self._reference: Copies | None = None
         self._proofs: Proofs | None = None
         self._identities: dict[str, Identity] = {}
-        self._epoch: _Epoch | None = None
+        self._epoch: Epoch | None = None
+        self._committed: tuple[str, CommitReply] | None = None
 
     # ------------------------------------------------------------------ attach
 
@@ -121,23 +83,15 @@ class Receiver:
         )
 
     def attach(self, body: AttachBody) -> AttachReply:
-        """Prove, once, how bytes may reach the kernel tensors.
+        """Prove how bytes may reach the kernel tensors; ``full`` compares all bytes, and anew.
 
         Weights that came from a push cannot be compared with the checkpoint any more; proofs that
         hold by identity are kept, and else the next push proves (see ``_first_install``).
         """
         start = time.perf_counter()
-        warnings: list[str] = []
         self._drop_moved()
-        folder = self.adapter.checkpoint()
-        if self._proofs is None and self.version == 0 and not self.dirty and folder is not None:
-            checkpoint = Checkpoint(folder)
-            self._reference = copies_by_tensor(
-                trace(self.adapter.new_twin(), self.adapter.load, checkpoint.manifest())
-            )
-            self._accept(
-                self._prover.prove(self._reference, checkpoint.flat, full=body.proof == "full")
-            )
+        self._prove_by_checkpoint(full=body.proof == "full")
+        warnings: list[str] = []
         if self._proofs is None:
             warnings.append(
                 "the live weights are on no disk to compare with: the next push is installed "
@@ -154,23 +108,46 @@ class Receiver:
             seconds={"attach": time.perf_counter() - start},
         )
 
+    def _prove_by_checkpoint(self, *, full: bool) -> None:
+        """Prove against the checkpoint on disk, where that still is what the engine serves."""
+        folder = self.adapter.checkpoint()
+        if folder is None or self.version or self.dirty or (self._proofs is not None and not full):
+            return
+        checkpoint = Checkpoint(folder)
+        self._reference = copies_by_tensor(
+            trace(self.adapter.new_twin(), self.adapter.load, checkpoint.manifest())
+        )
+        self._accept(self._prover.prove(self._reference, checkpoint.flat, full=full))
+
     def _accept(self, proofs: Proofs) -> None:
+        """Keep proofs, and by what they hold: direct tensors stay where they are."""
         self._proofs = proofs
         self._identities = {}
         for unit in proofs.units:
-            for name in unit.params.values():
-                t = tensor_at(self.adapter.live, name)
+            module = f"{unit.path}." if unit.path else ""
+            for leaf, name in unit.params.items():
+                t = tensor_at(self.adapter.live, module + leaf)
                 if proofs.mode(name) == "direct" and t is not None:
-                    self._identities[name] = Identity.of(t)
+                    self._identities[module + leaf] = Identity.of(t)
 
-    def _drop_moved(self) -> None:
-        """Forget proofs of tensors that are not where they were; the epoch goes with them."""
+    def _check_place(self) -> None:
+        """Check identities; what moved ends the epoch and its proofs.
+
+        Raises:
+            IdentityError: A kernel tensor moved.
+        """
         try:
             check_identities(self.adapter.live, self._identities)
-        except LayoutError as error:
-            logger.warning("%s", error)
+        except LayoutError:
             self._proofs, self._identities = None, {}
             self.close()
+            raise
+
+    def _drop_moved(self) -> None:
+        try:
+            self._check_place()
+        except LayoutError as error:
+            logger.warning("%s", error)
 
     # ------------------------------------------------------------------ rendezvous
 
@@ -184,10 +161,18 @@ class Receiver:
         """
         self.close()
         self._drop_moved()
+        self._prove_by_checkpoint(full=False)
         manifest = Manifest(body.manifest)
         traced = trace(self.adapter.new_twin(), self.adapter.load, manifest)
-        proofs = self._proofs or self._unproven(copies_by_tensor(traced))
-        target = Target(self.adapter.place, self._prover, traced, proofs, manifest, self._reference)
+        proofs = self._proofs
+        target = Target(
+            self.adapter.place,
+            self._prover,
+            traced,
+            self._unproven(copies_by_tensor(traced)) if proofs is None else proofs,
+            manifest,
+            self._reference,
+        )
         transport = self._new_transport()
         try:
             transport.register(
@@ -201,19 +186,14 @@ class Receiver:
         except BaseException:
             transport.close()
             raise
-        self._epoch = _Epoch(body.epoch, manifest, target, transport)
+        self._epoch = Epoch(body.epoch, manifest, target, proofs, transport)
         return LayoutReply(type(transport).__name__, metadata, target.layout)
 
     def connect(self, body: ConnectBody) -> None:
         """Take in the writing ranks and prove that together they write every byte once (WS-7)."""
-        epoch = self._current(body.epoch)
-        check_writes(epoch.target.layout, {r.rank: r.writes for r in body.ranks})
-        for rank in body.ranks:
-            if rank.writes:
-                epoch.transport.add_peer(rank.metadata)
-                epoch.writes[rank.rank] = rank.writes
+        self._current(body.epoch).connect(body.ranks)
 
-    def _current(self, number: int) -> _Epoch:
+    def _current(self, number: int) -> Epoch:
         if self._epoch is None:
             raise NoSessionError(
                 f"worker {self.adapter.place} has no rendezvous",
@@ -234,111 +214,76 @@ class Receiver:
         Raises:
             IdentityError: A kernel tensor moved.
             StaleVersionError: The version does not grow.
+            StaleEpochError: The epoch is over, or the version was begun in it before.
         """
         epoch = self._current(body.epoch)
-        if not epoch.writes:
-            raise NoSessionError("no rank is connected", hint="call /connect first")
         if body.version < self.version or (body.version == self.version and not self.dirty):
             raise StaleVersionError(
                 f"version {body.version} is not newer than {self.version} at {self.adapter.place}",
                 hint="versions only grow",
             )
         self.adapter.synchronize()
-        try:
-            check_identities(self.adapter.live, self._identities)
-        except LayoutError:
-            self._proofs, self._identities = None, {}
-            self.close()
-            raise
-        epoch.pushing = body.version
-        # from here on a write may land in live memory at any time (WS-4)
-        self.dirty = self.dirty or len(epoch.target.staged) < len(epoch.target.memory)
+        self._check_place()
+        if epoch.begin(body):
+            # from here on a write may land in live memory at any time (WS-4)
+            self.dirty = self.dirty or len(epoch.target.staged) < len(epoch.target.memory)
 
     def commit(self, body: CommitBody) -> CommitReply:
         """Wait for every writer, compare digests, install, refresh; then the version is real.
 
+        A repeat of the last commit gets the same answer.
+
         Raises:
             DeadlineError: A writer did not report this version in time.
             VerifyError: A digest differs.
+            IdentityError: A kernel tensor moved since the push began.
         """
+        if (
+            self._committed is not None
+            and self._committed[0] == body.push_id
+            and self._committed[1].version == body.version
+            and not self.dirty
+        ):
+            return self._committed[1]
         epoch = self._current(body.epoch)
-        if self.version == body.version and not self.dirty:
-            return CommitReply(self.version, {})
-        if epoch.pushing != body.version:
+        if epoch.pushing != BeginBody(body.epoch, body.version, body.push_id):
             raise NoSessionError(
-                f"version {body.version} was never begun at {self.adapter.place}",
+                f"push {body.push_id} of version {body.version} was never begun at "
+                f"{self.adapter.place}",
                 hint="call /begin_update first",
             )
         marks = [time.perf_counter()]
-        self._wait_for_writers(epoch, body)
+        epoch.wait_for_writers(body)
         marks.append(time.perf_counter())
-        self._check_digests(epoch, body)
+        epoch.check_digests(body)
         marks.append(time.perf_counter())
-        proofs = self._proofs
-        if proofs is None:
+        # the digests are of the registered memory: is it still what the engine serves with?
+        self._check_place()
+        if epoch.proofs is None:
             self._first_install(epoch)
         else:
-            self._install(epoch.target, proofs)
+            self._install(epoch.target, epoch.proofs)
         self.adapter.refresh()
         self.adapter.synchronize()
-        self.version, self.dirty, epoch.pushing = body.version, False, 0
+        self.version, self.dirty, epoch.pushing = body.version, False, None
         marks.append(time.perf_counter())
-        if proofs is None:
+        if epoch.proofs is None:
             self.close()  # the layout is another one now: the next push makes a new rendezvous
         parts = ("writers", "digest", "install")
-        return CommitReply(
-            body.version, {p: b - a for p, a, b in zip(parts, marks, marks[1:], strict=False)}
-        )
-
-    def _wait_for_writers(self, epoch: _Epoch, body: CommitBody) -> None:
-        want = {f"ws:{epoch.number}:{body.version}:{rank}".encode(): rank for rank in epoch.writes}
-        deadline = time.monotonic() + body.timeout_s
-        while True:
-            epoch.poll()
-            absent = [rank for message, rank in want.items() if message not in epoch.seen]
-            if not absent:
-                epoch.seen.clear()
-                return
-            if time.monotonic() > deadline:
-                raise DeadlineError(
-                    f"ranks {absent} did not report version {body.version} to "
-                    f"{self.adapter.place} within {body.timeout_s:.1f} s of the commit",
-                    hint="their writes are lost or late: push again",
-                    ranks=absent,
-                    phase="commit",
-                )
-            time.sleep(_POLL_S)
-
-    def _check_digests(self, epoch: _Epoch, body: CommitBody) -> None:
-        sent = {r.rank: r.digests for r in body.ranks}
-        for rank, writes in epoch.writes.items():
-            want = sent.get(rank, [])
-            if len(want) != len(writes):
-                raise VerifyError(
-                    f"rank {rank} sent {len(want)} digests for {len(writes)} writes",
-                    hint="trainer and agent must have the same version",
-                )
-            got = digest.digests([epoch.target.piece(*w) for w in writes])
-            bad = [w for w, a, b in zip(writes, got, want, strict=True) if a != b]
-            if bad:
-                region = epoch.target.layout.regions[bad[0][0]].name
-                raise VerifyError(
-                    f"{len(bad)} of {len(writes)} writes of rank {rank} differ from what it sent; "
-                    f"the first is {bad[0][2]} bytes at {bad[0][1]} of {region} at "
-                    f"{self.adapter.place}",
-                    hint="push again; if it repeats, look at the network cards and at who else "
-                    "writes to this memory",
-                    tensor=region,
-                )
+        seconds = {p: b - a for p, a, b in zip(parts, marks, marks[1:], strict=False)}
+        self._committed = body.push_id, CommitReply(body.version, seconds)
+        return self._committed[1]
 
     def _install(self, target: Target, proofs: Proofs) -> None:
         self.dirty = True
         for unit in proofs.units:
             if unit.kind != "direct":
-                made, changed, live = self._prover.finished(unit, target.memory)
-                transplant(live, made, changed, replaceable=self.adapter.replaceable)
+                # renewed: finishing leaves the live memory alone, and may go on referring to it
+                share = unit.kind == "renewed"
+                made, live = self._prover.finished(unit, target.memory, share=share)
+                transplant(live, made, replaceable=self.adapter.replaceable)
 
-    def _first_install(self, epoch: _Epoch) -> None:
+    def _first_install(self, epoch: Epoch) -> None:
         """Nothing was proven: install through the engine's own loader, and prove by the result."""
         target = epoch.target
         rebuilt = target.rebuild(epoch.manifest)
@@ -383,32 +328,11 @@ class Receiver:
     # ------------------------------------------------------------------ inspection
 
     def checksums(self) -> ChecksumsReply:
-        """SHA-256 of every final kernel tensor; of packed weights, of what they compute."""
-        live = self.adapter.live
-        self.adapter.synchronize()
-        found: dict[str, str] = {}
-        for name, p in [*live.named_parameters(), *_persistent(live)]:
-            found[name] = hashlib.sha256(flat_bytes(p).cpu().numpy()).hexdigest()
-        units = [] if self._proofs is None else self._proofs.units
-        for unit in units:
-            module = live.get_submodule(unit.path)
-            for leaf, name in unit.params.items():
-                like = self._prover.load_format(name)
-                if unit.kind == "direct" or like.ndim != 2:
-                    continue
-                h = hashlib.sha256()
-                for start in range(0, like.shape[1], _COLUMNS):
-                    stop = min(start + _COLUMNS, like.shape[1])
-                    columns = torch.arange(start, stop, device=self.adapter.device)
-                    part = self.adapter.read_back(module, leaf, columns, like.shape[1])
-                    if part is None:
-                        break
-                    h.update(flat_bytes(part).cpu().numpy())
-                else:
-                    found[f"{unit.path}.{leaf} (read back)"] = h.hexdigest()
-        return ChecksumsReply(found)
+        """SHA-256 of every final kernel tensor; of opaque weights, of what they compute.
 
-
-def _persistent(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    keys = model.state_dict().keys()
-    return [(name, b) for name, b in model.named_buffers() if name in keys]
+        Raises:
+            LayoutError: A weight is in no tensor and cannot be read back.
+        """
+        # without proofs the prover looks at every module that could own a weight
+        proofs = self._proofs or self._prover.guess(dict.fromkeys(self._prover.tensors(), ()))
+        return ChecksumsReply(checksums(self._prover, proofs.units))

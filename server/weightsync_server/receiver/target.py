@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from weightsync.errors import ManifestError, RefusedError
+from weightsync.errors import LayoutError, ManifestError, RefusedError
 from weightsync.layout import CopyRecord, KernelRegion, WorkerLayout, WorkerPlace
 from weightsync.manifest import Manifest
 from weightsync_server.receiver.coverage import complement, intervals, last_write_wins, within
-from weightsync_server.receiver.kernel import flat_bytes, tensor_at
+from weightsync_server.receiver.kernel import flat_bytes, tensor_at, view
 from weightsync_server.receiver.proof import Proofs, Prover
-from weightsync_server.receiver.tracer import Trace, TracedCopy
+from weightsync_server.receiver.regions import TracedCopy
+from weightsync_server.receiver.tracer import Trace
 
 Copies = dict[str, list[TracedCopy]]
 _FLOAT8 = "float8"
@@ -22,6 +23,11 @@ def copies_by_tensor(trace: Trace) -> Copies:
     for c in trace.copies:
         found.setdefault(c.param, []).append(c)
     return {name: last_write_wins(list_) for name, list_ in found.items()}
+
+
+def _castable(dtype: torch.dtype) -> bool:
+    """Whether a number of this dtype means the same in another: no code, no scaled value."""
+    return dtype.is_floating_point and _FLOAT8 not in str(dtype)
 
 
 class Target:
@@ -51,7 +57,10 @@ class Target:
         reference: Copies | None,
     ) -> None:
         self.copies = copies_by_tensor(trace)
-        refused = {n: r for n, r in proofs.refusals.items() if n in self.copies}
+        known = {name for unit in proofs.units for name in unit.params.values()}
+        unknown = "the engine's own checkpoint loads nothing into it, so nothing is proven"
+        refused = dict.fromkeys(self.copies.keys() - known, unknown)
+        refused |= {n: r for n, r in proofs.refusals.items() if n in self.copies}
         if refused:
             names = sorted(refused)
             raise RefusedError(
@@ -69,7 +78,12 @@ class Target:
             like = prover.load_format(name)
             if proofs.mode(name) == "direct":
                 live = tensor_at(prover.adapter.live, name)
-                assert live is not None
+                if live is None:
+                    raise LayoutError(
+                        f"kernel tensor {name} is gone from the live engine",
+                        hint="attach to the engine again",
+                        tensor=name,
+                    )
                 self.memory[name] = live.data
             else:
                 self.memory[name] = prover.empty(name)
@@ -95,16 +109,17 @@ class Target:
                 )
                 for c in self.copies[name]
             ]  # fmt: skip
-        self.layout = WorkerLayout(place, tuple(regions), tuple(records), trace.skipped)
+        # a tensor that a later one overwrites whole is dropped, too (tied names, last write wins)
+        used = {r.tensor for r in records}
+        skipped = tuple(t.name for t in manifest if t.name not in used and t.numel)
+        self.layout = WorkerLayout(place, tuple(regions), tuple(records), skipped)
 
     def _check_dtypes(self, prover: Prover, manifest: Manifest) -> None:
         for name, copies in self.copies.items():
             want = prover.load_format(name).dtype
             for tensor in {c.tensor for c in copies}:
                 got = getattr(torch, manifest.by_name[tensor].dtype)
-                same_kind = got.is_floating_point == want.is_floating_point
-                scaled = got != want and (_FLOAT8 in str(got) or _FLOAT8 in str(want))
-                if not same_kind or scaled:
+                if got != want and not (_castable(got) and _castable(want)):
                     raise ManifestError(
                         f"{tensor} is {got}, and the engine keeps it as {want} in {name}",
                         hint="a plain cast would be wrong here: publish it as the engine's "
@@ -125,8 +140,10 @@ class Target:
         )
         filled = {n: [r for m, r in trace.fills if m == n] for n in expected | self.copies.keys()}
         for name in sorted(expected - self.copies.keys()):
-            if not within([(0, prover.load_format(name).numel())], intervals(filled[name])):
-                missing[name] = [(0, prover.load_format(name).numel())]
+            everything = [(0, prover.load_format(name).numel())]
+            # what the engine's checkpoint loads, a constant does not replace
+            if reference is not None or not within(everything, intervals(filled[name])):
+                missing[name] = everything
         for name, copies in self.copies.items():
             like = prover.load_format(name)
             gaps = complement(intervals(c.dst for c in copies), like.numel())
@@ -172,11 +189,11 @@ class Target:
         for name, copies in self.copies.items():
             flat = self.memory[name].reshape(-1).cpu()
             for c in copies:
-                source = torch.as_strided(flat, c.dst.shape, c.dst.strides, c.dst.offset)
+                source = view(flat, c.dst)
                 drop = tuple(
                     0 if stride == 0 and size > 1 else slice(None)
                     for size, stride in zip(c.src.shape, c.src.strides, strict=True)
                 )
-                target = torch.as_strided(made[c.tensor], c.src.shape, c.src.strides, c.src.offset)
+                target = view(made[c.tensor], c.src)
                 target[drop].copy_(source[drop])
         return made

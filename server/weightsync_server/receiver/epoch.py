@@ -1,0 +1,144 @@
+"""One epoch of a worker: who writes what, who has reported, and whether the bytes are right."""
+
+from __future__ import annotations
+
+import time
+
+from weightsync import digest
+from weightsync.coverage import check_writes
+from weightsync.errors import DeadlineError, NoSessionError, PlanError, StaleEpochError, VerifyError
+from weightsync.manifest import Manifest
+from weightsync.transport.base import Transport
+from weightsync.worker_messages import BeginBody, CommitBody, RankWrites
+from weightsync_server.receiver.proof import Proofs
+from weightsync_server.receiver.target import Target
+
+_POLL_S = 0.0005
+
+
+class Epoch:
+    """Everything that is thrown away when an epoch ends (WS-8).
+
+    Args:
+        number: The agent's number of it.
+        manifest: What the trainer sends.
+        target: Where it lands.
+        proofs: How it gets from there into the kernel tensors; None: nothing was proven.
+        transport: Its memory is registered; closed with the epoch.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        manifest: Manifest,
+        target: Target,
+        proofs: Proofs | None,
+        transport: Transport,
+    ) -> None:
+        self.number = number
+        self.manifest = manifest
+        self.target = target
+        self.proofs = proofs
+        self.transport = transport
+        self.pushing: BeginBody | None = None
+        self._writes: dict[int, list[tuple[int, int, int]]] = {}
+        self._peers: dict[int, str] = {}
+        self._seen: set[tuple[str, bytes]] = set()
+        self._begun = 0
+
+    def connect(self, ranks: list[RankWrites]) -> None:
+        """Take in the writing ranks and prove that together they write every byte once (WS-7).
+
+        Raises:
+            PlanError: They do not, or a rank comes twice.
+            TransportError: A rank's metadata is none.
+        """
+        writes = {r.rank: r.writes for r in ranks}
+        if len(writes) != len(ranks):
+            raise PlanError(
+                f"a rank comes twice among {[r.rank for r in ranks]}",
+                hint="every trainer rank connects once",
+            )
+        check_writes(self.target.layout, writes)
+        peers = {r.rank: self.transport.add_peer(r.metadata) for r in ranks if r.writes}
+        self._peers, self._writes = peers, {rank: writes[rank] for rank in peers}
+
+    def begin(self, body: BeginBody) -> bool:
+        """Expect a version; False: this very push has begun already.
+
+        Raises:
+            NoSessionError: No rank is connected.
+            StaleEpochError: The version was begun in this epoch before: its notifications are
+                out, and could not be told from those of a second try.
+        """
+        if not self._writes:
+            raise NoSessionError("no rank is connected", hint="call /connect first")
+        if body == self.pushing:
+            return False
+        if body.version <= self._begun:
+            raise StaleEpochError(
+                f"version {body.version} was begun in epoch {self.number} before",
+                hint="make a new rendezvous: its writers' messages would count for this push",
+            )
+        self.pushing, self._begun = body, body.version
+        return True
+
+    def wait_for_writers(self, body: CommitBody) -> None:
+        """Wait until every rank's notification of this version is there.
+
+        Raises:
+            DeadlineError: ``body.timeout_s`` is over; the message names the ranks.
+        """
+        # a rank is believed through its own transport only
+        want = {
+            (peer, f"ws:{self.number}:{body.version}:{rank}".encode()): rank
+            for rank, peer in self._peers.items()
+        }
+        deadline = time.monotonic() + body.timeout_s
+        while True:
+            for peer, messages in self.transport.notifications().items():
+                self._seen.update((peer, message) for message in messages)
+            absent = [rank for message, rank in want.items() if message not in self._seen]
+            if not absent:
+                self._seen.clear()
+                return
+            if not time.monotonic() < deadline:  # a NaN deadline is over, too (WS-6)
+                raise DeadlineError(
+                    f"ranks {absent} did not report version {body.version} to "
+                    f"{self.target.layout.place} within {body.timeout_s:.1f} s of the commit",
+                    hint="their writes are lost or late: push again",
+                    ranks=absent,
+                    phase="commit",
+                )
+            time.sleep(_POLL_S)
+
+    def check_digests(self, body: CommitBody) -> None:
+        """Compare what is in memory with what the ranks sent.
+
+        Raises:
+            VerifyError: It differs.
+        """
+        sent = {r.rank: r.digests for r in body.ranks}
+        for rank, writes in self._writes.items():
+            want = sent.get(rank, [])
+            if len(want) != len(writes):
+                raise VerifyError(
+                    f"rank {rank} sent {len(want)} digests for {len(writes)} writes",
+                    hint="trainer and agent must have the same version",
+                )
+            got = digest.digests([self.target.piece(*w) for w in writes])
+            bad = [w for w, a, b in zip(writes, got, want, strict=True) if a != b]
+            if bad:
+                region = self.target.layout.regions[bad[0][0]].name
+                raise VerifyError(
+                    f"{len(bad)} of {len(writes)} writes of rank {rank} differ from what it sent; "
+                    f"the first is {bad[0][2]} bytes at {bad[0][1]} of {region} at "
+                    f"{self.target.layout.place}",
+                    hint="push again; if it repeats, look at the network cards and at who else "
+                    "writes to this memory",
+                    tensor=region,
+                )
+
+    def close(self) -> None:
+        """Drop peers, registrations, staging."""
+        self.transport.close()
