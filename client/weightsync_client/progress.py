@@ -122,8 +122,10 @@ class NoProgress(LogProgress):
         """Nothing: the error itself says it."""
 
 
-def make_progress(kind: ProgressKind) -> Progress:
-    """``auto`` is ``terminal`` where stderr is one, else ``log``."""
+def make_progress(kind: ProgressKind | Progress) -> Progress:
+    """``auto`` is ``terminal`` where stderr is one, else ``log``; what is a Progress stays it."""
+    if not isinstance(kind, str):
+        return kind
     if kind == "auto":
         kind = "terminal" if sys.stderr.isatty() else "log"
     if kind == "terminal":

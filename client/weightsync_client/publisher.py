@@ -16,7 +16,7 @@ from weightsync.errors import InputError, NoSessionError, PushInProgressError, S
 from weightsync.protocol import PauseMode
 from weightsync.transport.base import Transport
 from weightsync_client.control import Fleet
-from weightsync_client.progress import ProgressKind, make_progress
+from weightsync_client.progress import Progress, ProgressKind, make_progress
 from weightsync_client.push import Open, Push, PushSettings, fleet_status
 from weightsync_client.report import PushReport
 from weightsync_client.settings import Deadlines, token_from_env
@@ -40,7 +40,8 @@ class Publisher:
         pause_mode: What happens to running requests: they are kept and go on afterwards
             (``keep``), are finished first (``wait``), or end (``abort``).
         deadlines: Of every wait.
-        progress: ``terminal``, ``log``, ``off``, or ``auto``: a terminal if stderr is one.
+        progress: ``terminal``, ``log``, ``off``, ``auto`` (a terminal if stderr is one), or your
+            own :class:`weightsync_client.progress.Progress`.
         ignore: Shell patterns of tensors that an engine may have no use for.
         verify: True, or the TLS context to check ``https`` agents with.
 
@@ -57,7 +58,7 @@ class Publisher:
         check_finite: bool = True,
         pause_mode: PauseMode = "keep",
         deadlines: Deadlines | None = None,
-        progress: ProgressKind = "auto",
+        progress: ProgressKind | Progress = "auto",
         ignore: Sequence[str] = (),
         verify: ssl.SSLContext | bool = True,
     ) -> None:

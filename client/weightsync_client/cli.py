@@ -1,0 +1,133 @@
+"""The ``weightsync`` command."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from weightsync_client.demo.options import DemoOptions
+from weightsync_client.demo.run import run_demo
+from weightsync_client.demo.view import PlainView, TerminalView, View
+
+app = typer.Typer(
+    help="weightsync carries new weights into live inference engines: whole or not at all.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Engine(StrEnum):
+    """Engines that the demo can start."""
+
+    vllm = "vllm"
+    torch = "torch"
+
+
+@app.callback()
+def _commands() -> None:
+    """Keep ``demo`` a command of its own while it is the only one."""
+
+
+@app.command()
+def demo(
+    engine: Annotated[
+        Engine, typer.Option(help="vllm: a real vLLM server; torch: the small one of weightsync.")
+    ] = Engine.vllm,
+    model_config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="HF_CONFIG.json",
+            help="Any Hugging Face config.json; the weights are random.  [default: a tiny Qwen3]",
+        ),
+    ] = None,
+    pushes: Annotated[int, typer.Option(min=1, max=1000, help="How often all weights change.")] = 3,
+    packed: Annotated[
+        bool,
+        typer.Option(
+            "--packed/--plain",
+            help="Whether vLLM on CPU packs its linear weights: staged pushes, else direct ones.",
+        ),
+    ] = True,
+    tp: Annotated[int, typer.Option(min=1, max=64, help="Workers (tensor parallel).")] = 1,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")
+    ] = False,
+    workdir: Annotated[
+        Path | None,
+        typer.Option(help="New or empty folder for checkpoints and logs, which stay there."),
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the temporary folder.")] = False,
+    timeout: Annotated[
+        float, typer.Option(min=1, max=86_400, help="Seconds for the whole demo.")
+    ] = 600,
+) -> None:
+    """Push new weights into a running engine, and prove that it serves exactly them.
+
+    Makes a random model, starts an engine on it and an agent beside it; a trainer process changes
+    every weight and pushes, while completions are asked for.  Then a second engine loads the
+    checkpoint that the trainer saved: the SHA-256 of every kernel tensor and the logprobs of
+    generation have to be equal.
+
+    Exit status: 0 all of that holds; 1 something failed; 2 bad arguments, or a config that no
+    model can be made from; 3 the engine refused tensors, and still serves its old weights; 130
+    and 143 ended by Ctrl-C and by SIGTERM.
+    """
+    options = DemoOptions(
+        engine=engine.value,
+        config_file=model_config,
+        pushes=pushes,
+        packed=packed,
+        tp=tp,
+        workdir=workdir,
+        keep=keep,
+        timeout_s=timeout,
+    )
+    try:
+        with _sigterm_as_exit():
+            result = run_demo(options, _view(as_json=as_json))
+    except KeyboardInterrupt:
+        sys.stderr.write("weightsync demo: interrupted; all its processes are ended\n")
+        raise typer.Exit(130) from None
+    if result.error:
+        sys.stderr.write(f"weightsync demo: {result.error}\n")
+    if result.folder:
+        sys.stderr.write(f"weightsync demo: logs and checkpoints are in {result.folder}\n")
+    if as_json and result.exit_code != 2:
+        sys.stdout.write(json.dumps(result.to_dict()) + "\n")
+    raise typer.Exit(result.exit_code)
+
+
+def main() -> None:
+    """Entry point of ``weightsync``."""
+    app()
+
+
+def _view(*, as_json: bool) -> View:
+    if as_json:
+        return PlainView(sys.stderr)
+    return TerminalView(Console()) if sys.stdout.isatty() else PlainView(sys.stdout)
+
+
+@contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    """SIGTERM unwinds as Ctrl-C does, so that what was started is ended."""
+
+    def leave(number: int, _frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,67 @@
+"""What the demo can be told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from weightsync.errors import InputError
+
+EngineKind = Literal["vllm", "torch"]
+
+
+class DemoOptions(BaseModel):
+    """One run of the demo."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    engine: EngineKind = "vllm"
+    """Which engine serves the model."""
+    config_file: Path | None = None
+    """A Hugging Face ``config.json``; None: a tiny Qwen3."""
+    pushes: Annotated[int, Field(ge=1, le=1000)] = 3
+    """How many times every weight is changed and pushed."""
+    packed: bool = True
+    """Whether vLLM on CPU packs its linear weights, as it does by default."""
+    tp: Annotated[int, Field(ge=1, le=64)] = 1
+    """Workers that the engine is split over (tensor parallel)."""
+    workdir: Path | None = None
+    """Folder for checkpoints and logs, empty or new, that is kept; None: a temporary one."""
+    keep: bool = False
+    """Whether the temporary folder stays even if all went well."""
+    timeout_s: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] = 600.0
+    """Seconds for the whole demo (WS-6)."""
+
+    def check(self) -> None:
+        """What can be told before anything is started.
+
+        Raises:
+            InputError: A value is wrong, or two do not go together.
+        """
+        if self.engine == "torch" and self.tp > 1:
+            raise InputError("--engine torch has one worker", hint="leave --tp out, or use vllm")
+        folder = self.workdir
+        if folder is not None and folder.exists() and not _is_empty_folder(folder):
+            raise InputError(f"--workdir {folder} is not an empty folder", hint="name a new one")
+        path = self.config_file
+        if path is None:
+            return
+        try:
+            config = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"cannot read the model config {path}: {error}",
+                hint="--model-config takes the config.json of a Hugging Face model",
+            ) from error
+        if not isinstance(config, dict) or "model_type" not in config:
+            raise InputError(
+                f"{path} is no Hugging Face config: it has no model_type",
+                hint="--model-config takes the config.json of a Hugging Face model",
+            )
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())

@@ -1,0 +1,106 @@
+"""The demo's training job, a process of its own: ``python -m weightsync_client.demo.trainer``.
+
+It makes the model and its first checkpoint, then does what lines on its standard input say:
+``push VERSION`` changes every weight and pushes, ``save`` writes the last checkpoint.  What happens
+goes to its standard output, a JSON object a line.  It ends when its input does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from weightsync.errors import WeightSyncError
+from weightsync_client.demo.model import describe_model, draw_weights, new_model
+from weightsync_client.publisher import Publisher
+from weightsync_client.report import PushReport
+
+
+class Events:
+    """Writes what happens, and is the publisher's progress."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+
+    def send(self, event: str, **facts: Any) -> None:
+        """One line."""
+        self._out.write(json.dumps({"event": event, **facts}) + "\n")
+        self._out.flush()
+
+    def started(self, phase: str, version: int) -> None:
+        """A phase starts."""
+        self.send("phase", phase=phase, version=version, seconds=None)
+
+    def ended(self, phase: str, version: int, push_id: str, seconds: float, nbytes: int) -> None:
+        """A phase ended well."""
+        self.send("phase", phase=phase, version=version, seconds=seconds)
+
+    def done(self, report: PushReport) -> None:
+        """The push is over, well."""
+        facts = report.to_dict() | {"version": report.version}
+        self.send("pushed", report=facts)
+
+    def failed(self, phase: str, version: int, push_id: str, error: BaseException) -> None:
+        """Nothing: the error itself is sent."""
+
+
+def train(config_file: Path | None, folder: Path, agent: str, lines: TextIO, out: Events) -> None:
+    """Make version 0, then do as told until ``lines`` end.
+
+    Raises:
+        WeightSyncError: The config cannot be used, or a push failed.
+    """
+    model = new_model(config_file)
+    draw_weights(model, seed=0)
+    model.save_pretrained(folder / "v0")
+    out.send("made", **describe_model(model))
+    with Publisher([agent], progress=out) as publisher:
+        for line in lines:
+            command, *rest = line.split()
+            if command == "push":
+                version = int(rest[0])
+                draw_weights(model, seed=version)
+                publisher.push(model, version=version)
+            elif command == "save":
+                model.save_pretrained(folder / "trained")
+                out.send("saved")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of the process; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="weightsync_client.demo.trainer")
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--agent", required=True)
+    options = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    with _own_stdout() as out:
+        events = Events(out)
+        try:
+            train(options.config, options.folder, options.agent, sys.stdin, events)
+        except WeightSyncError as error:
+            logging.getLogger(__name__).exception("the trainer ends")
+            problem = error.to_problem()
+            # what is no JSON in the context is of use to a reader of the log alone
+            events.send("failed", problem=json.loads(json.dumps(problem, default=str)))
+            return 1
+    return 0
+
+
+@contextmanager
+def _own_stdout() -> Iterator[TextIO]:
+    """Standard output for events alone: what libraries print goes to standard error."""
+    with os.fdopen(os.dup(1), "w") as out:
+        os.dup2(2, 1)
+        yield out
+
+
+if __name__ == "__main__":
+    sys.exit(main())
