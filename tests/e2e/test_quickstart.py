@@ -13,7 +13,7 @@ import pytest
 from tests.support.torch_host import free_port
 
 ROOT = Path(__file__).parents[2]
-BLOCK = re.compile(r"<!-- run(?:: (?P<how>[^>]*?))? -->\n```sh\n(?P<script>.*?)```", re.S)
+BLOCK = re.compile(r"<!-- run(?:: (?P<how>[^>]*?))? -->\n```sh\n(?P<script>.*?)```", re.DOTALL)
 
 
 def _blocks():
