@@ -111,6 +111,15 @@ def pieces(base: Strided, view: Strided) -> list[Piece] | None:
     return found if done else None
 
 
+def _halves(dim: _Dim, period: int) -> tuple[_Dim, _Dim]:
+    """One dim as two: ``period`` steps, and how often they are taken."""
+    n, stride, view_dim, factor = dim
+    return (
+        (period, stride, view_dim, factor),
+        (n // period, stride * period, view_dim, factor * period),
+    )
+
+
 def _split(
     base: Strided, offset: int, start: tuple[int, ...], dims: list[_Dim], found: list[Piece]
 ) -> bool:
@@ -130,8 +139,24 @@ def _split(
         if n == 1 or stride == 0:
             continue
         d = next((d for d, step in enumerate(steps) if stride >= step), None)
-        if d is None or stride % steps[d]:
+        if d is None:
             return False
+        if stride % steps[d]:
+            # it starts somewhere else in each row: after so many steps at the same place again
+            period = steps[d] // math.gcd(stride, steps[d])
+            if n > period and n % period == 0:
+                inner, outer = _halves(dims[k], period)
+                return _split(base, offset, start, [*dims[:k], outer, inner, *dims[k + 1 :]], found)
+            return n <= _MAX_PIECES - len(found) and all(
+                _split(
+                    base,
+                    offset + i * stride,
+                    (*start[:dim], start[dim] + i * factor, *start[dim + 1 :]),
+                    [*dims[:k], (1, stride, dim, factor), *dims[k + 1 :]],
+                    found,
+                )
+                for i in range(n)
+            )
         times = stride // steps[d]
         if (n - 1) * times < room[d]:
             room[d] -= (n - 1) * times
@@ -142,8 +167,7 @@ def _split(
         if len(found) >= _MAX_PIECES or (fit == 1 and times >= base.shape[d]):
             return False
         if fit == period and base.shape[d] % times == 0 and n % period == 0:
-            inner = (period, stride, dim, factor)
-            outer = (n // period, stride * period, dim, factor * period)
+            inner, outer = _halves(dims[k], period)
             return _split(base, offset, start, [*dims[:k], outer, inner, *dims[k + 1 :]], found)
         if fit == period and base.shape[d] % times == 0:
             fit = n // period * period

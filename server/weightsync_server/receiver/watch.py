@@ -17,6 +17,14 @@ from weightsync_server.receiver.coverage import intervals, overlap
 from weightsync_server.receiver.regions import Piece, Strided, TracedCopy, pieces, whole
 
 aten = torch.ops.aten
+#: operations whose result does not depend on the values of the tensor they are given
+_FRESH = frozenset(
+    getattr(aten, name)
+    for name in (
+        *("empty_like", "zeros_like", "ones_like", "full_like"),
+        *("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"),
+    )
+)
 _STUCK = "the engine computes while it loads; this tensor cannot be pushed"
 
 
@@ -189,6 +197,8 @@ class Watch(TorchDispatchMode):
                 self._taint(t, [*used, t], func)
         for result in _tensors(out if isinstance(out, (list, tuple)) else [out]):
             self.s.keep.append(result)
+            if packet in _FRESH:
+                continue
             if used and not self._known(result) and key_of(result) not in self.s.params:
                 self._taint(result, used, func)
         return out
