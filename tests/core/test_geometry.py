@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from weightsync.geometry import (
@@ -89,6 +89,9 @@ def clips(draw: st.DrawFn) -> tuple[tuple[int, ...], StridedCopy, Box, Box]:
 
 @moderate
 @given(clips())
+@example(  # steps that overlap and reach just into the next row
+    ((4, 6), StridedCopy(0, 0, ((8, 2, 3), (3, 1, 1))), Box((0, 1), (4, 4)), Box((0, 1), (4, 5)))
+)
 def test_clip_takes_each_wanted_element_once_from_its_place_in_the_shard(
     case: tuple[tuple[int, ...], StridedCopy, Box, Box],
 ) -> None:

@@ -231,6 +231,16 @@ def test_a_broken_untouched_interval_is_refused(interval: tuple[int, int]) -> No
     refused(PlanError, manifest, [layout])
 
 
+def test_a_replica_is_proven_with_its_own_size_and_untouched_bytes() -> None:
+    manifest, layout = qkv()
+    for norm in (region("norm.weight", 9), region("norm.weight", 8, untouched=((0, 2),))):
+        other = dataclasses.replace(
+            layout, place=WorkerPlace(dp=1), regions=(layout.regions[0], norm)
+        )
+        with pytest.raises((ManifestError, PlanError), match="dp1"):
+            build_plans(manifest, [layout, other])
+
+
 def test_a_tensor_that_every_engine_skips_is_unknown() -> None:
     manifest, layout = qkv()
     more = Manifest.of([*manifest, spec("norm.weigth", 8), spec("rotary.inv_freq", 8)])
