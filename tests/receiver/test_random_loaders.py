@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from tests.receiver.toys import Bag, Pairs, agree
+from weightsync.errors import TraceError
 from weightsync_server.receiver.regions import Strided, pieces
 
 quick = settings(max_examples=150, deadline=None, derandomize=True, database=None)
@@ -84,8 +85,12 @@ def test_replaying_the_trace_equals_running_the_loader(data, chain):
             into = module.p.data[before : before + base].view([out.shape[d] for d in dst])
             into.permute([dst.index(d) for d in range(len(dst))]).copy_(out)
 
-    found = agree(lambda: Bag(p=torch.empty(base + 5, dtype=target)), load, {"w": weight})
-    assert all(c.tensor == "w" for c in found.copies)
+    try:
+        found = agree(lambda: Bag(p=torch.empty(base + 5, dtype=target)), load, {"w": weight})
+    except TraceError:
+        event("refused")  # a copy of many regions: that is allowed, wrong bytes are not
+    else:
+        assert all(c.tensor == "w" for c in found.copies)
 
 
 @quick

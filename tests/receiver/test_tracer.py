@@ -153,7 +153,11 @@ def test_arithmetic_on_an_item_is_refused_and_names_the_tensor(use):
 
 def test_an_item_of_a_computed_value_is_refused():
     with pytest.raises(TraceError, match="the_scale"):
-        traced(bag(p=(4,)), each(lambda m, _, t: m.p.data.fill_(t.max().item())), weights(the_scale=(3,)))
+        traced(
+            bag(p=(4,)),
+            each(lambda m, _, t: m.p.data.fill_(t.max().item())),
+            weights(the_scale=(3,)),
+        )
 
 
 def test_deciding_by_an_integer_weight_is_refused():
@@ -255,22 +259,6 @@ def test_buffers_are_loaded_too():
     assert len(agree(model, by_name, given).copies) == 3
 
 
-ARITHMETIC = {
-    "negated exponent": (lambda t: -torch.exp(t), "exp"),
-    "scaled": (lambda t: t * 2, "mul"),
-    "product with itself": (lambda t: t @ t, "mm"),
-    "rolled": (lambda t: t.roll(1, 0), "roll"),
-    "gathered": (lambda t: t[torch.tensor([2, 0, 1, 3])], "index"),
-    "scaled in place": (lambda t: t.mul_(2), "mul_"),
-    "a part zeroed in place": (lambda t: part_zeroed(t), "zero_"),
-    "a copy, a part of it zeroed": (lambda t: part_zeroed(t.clone()), "zero_"),
-    "a part overwritten": (lambda t: part_overwritten(t), "copy_"),
-    "seen as integers": (lambda t: t.view(torch.int32).float(), "_to_copy"),
-    "summed into a temporary": (lambda t: torch.zeros(4, 4, device=t.device).add_(t), "add_"),
-    "a listed update": (lambda t: listed(t), "_foreach_add_"),
-}
-
-
 def part_zeroed(t: torch.Tensor) -> torch.Tensor:
     t[1:].zero_()
     return t
@@ -285,6 +273,22 @@ def listed(t: torch.Tensor) -> torch.Tensor:
     made = torch.zeros_like(t)
     torch._foreach_add_([made], [t])
     return made
+
+
+ARITHMETIC = {
+    "negated exponent": (lambda t: -torch.exp(t), "exp"),
+    "scaled": (lambda t: t * 2, "mul"),
+    "product with itself": (lambda t: t @ t, "mm"),
+    "rolled": (lambda t: t.roll(1, 0), "roll"),
+    "gathered": (lambda t: t[torch.tensor([2, 0, 1, 3])], "index"),
+    "scaled in place": (lambda t: t.mul_(2), "mul_"),
+    "a part zeroed in place": (part_zeroed, "zero_"),
+    "a copy, a part of it zeroed": (lambda t: part_zeroed(t.clone()), "zero_"),
+    "a part overwritten": (part_overwritten, "copy_"),
+    "seen as integers": (lambda t: t.view(torch.int32).float(), "_to_copy"),
+    "summed into a temporary": (lambda t: torch.zeros(4, 4, device=t.device).add_(t), "add_"),
+    "a listed update": (listed, "_foreach_add_"),
+}
 
 
 @pytest.mark.parametrize("name", ARITHMETIC)
@@ -395,7 +399,9 @@ def test_copying_one_parameter_to_another_is_refused():
 
 
 def test_an_unknown_name_is_a_manifest_error_that_names_it():
-    with pytest.raises(ManifestError, match=r"refuses lm_tail \(float32 \[3\]\): KeyError") as error:
+    with pytest.raises(
+        ManifestError, match=r"refuses lm_tail \(float32 \[3\]\): KeyError"
+    ) as error:
         traced(bag(p=(4,)), by_name, weights(p=(4,), lm_tail=(3,), q=(3,)))
     assert error.value.context["tensor"] == "lm_tail"
 

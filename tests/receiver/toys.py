@@ -204,7 +204,9 @@ class Trainer:
             self.peer,
             [
                 WriteOp(
-                    self.slab.data_ptr() + w.slot_offset, regions[w.region].addr + w.offset, w.nbytes
+                    self.slab.data_ptr() + w.slot_offset,
+                    regions[w.region].addr + w.offset,
+                    w.nbytes,
                 )
                 for w in self.plan.writes[0]
             ],

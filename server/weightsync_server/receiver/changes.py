@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from weightsync_server.receiver.kernel import own_tensors, same_data
-from weightsync_server.receiver.watch import key_of, reachable
+from weightsync_server.receiver.kernel import key_of, own_tensors, reachable, same_data
 
-_SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+#: types of plain values
+SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 #: where a module keeps its tensors and children
 SLOTS = frozenset({"_parameters", "_buffers", "_modules"})
 
@@ -40,6 +40,11 @@ class Changes:
     def none(self) -> bool:
         """Whether the module is as it was loaded."""
         return not (self.params or self.tensors or self.values or self.objects or self.hidden)
+
+
+def same_changes(a: Changes, b: Changes) -> bool:
+    """Whether the same things were changed, whatever values came out."""
+    return replace(a, values=frozenset()) == replace(b, values=frozenset())
 
 
 def attributes(module: nn.Module) -> dict[str, Any]:
@@ -79,7 +84,7 @@ class Before:
         fresh = {k: v for k, v in plain.items() if k not in self._plain or self._set(k, v)}
         fresh.pop("quant_method", None)
         tensors = {k for k, v in fresh.items() if isinstance(v, torch.Tensor)}
-        scalars = {k for k, v in fresh.items() if isinstance(v, _SCALARS)}
+        scalars = {k for k, v in fresh.items() if isinstance(v, SCALARS)}
         values = {k for k in scalars if live.__dict__.get(k, _NOTHING) != fresh[k]}
         hidden = self._plain.keys() - plain.keys() & live.__dict__.keys()
         hidden |= {f"submodule {key}" for key in _differing(self._below, _below(after))}
@@ -142,7 +147,7 @@ def _inside(module: nn.Module) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     return {
         key: (value, tuple(_Held(t, t._version) for t in reachable(value, 2)))  # noqa: SLF001
         for key, value in held.items()
-        if not isinstance(value, (torch.Tensor, nn.Module, *_SCALARS))
+        if not isinstance(value, (torch.Tensor, nn.Module, *SCALARS))
     }
 
 

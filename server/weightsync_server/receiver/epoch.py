@@ -10,8 +10,8 @@ from weightsync.errors import DeadlineError, NoSessionError, PlanError, StaleEpo
 from weightsync.manifest import Manifest
 from weightsync.transport.base import Transport
 from weightsync.worker_messages import BeginBody, CommitBody, RankWrites
-from weightsync_server.receiver.proof import Proofs
 from weightsync_server.receiver.target import Target
+from weightsync_server.receiver.units import Proofs
 
 _POLL_S = 0.0005
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,8 @@ from torch import nn
 
 from weightsync.errors import LayoutError
 from weightsync_server.engines.base import EngineAdapter
-from weightsync_server.receiver.changes import SLOTS, Before, Changes, apart, attributes
-from weightsync_server.receiver.kernel import own_tensors, same_form
-from weightsync_server.receiver.watch import key_of
+from weightsync_server.receiver.changes import SCALARS, SLOTS, Before, Changes, apart, attributes
+from weightsync_server.receiver.kernel import key_of, own_tensors, same_form
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,28 @@ class Finished:
     module: nn.Module
     loaded: frozenset[str]
     changes: Changes
+
+    def with_values(self, live: nn.Module, names: frozenset[str]) -> Finished:
+        """Count ``names`` among the changed values where the live module has others.
+
+        A value that depends on the weights may come out as it was before finishing.
+        """
+        mine, theirs = self.module.__dict__, live.__dict__
+        late = {k for k in names if (k in mine, mine.get(k)) != (k in theirs, theirs.get(k))}
+        changed = replace(self.changes, values=self.changes.values | late)
+        return replace(self, changes=changed)
+
+
+def varying(a: Finished, b: Finished) -> frozenset[str]:
+    """Plain values that differ between two finished copies of one module."""
+    mine, theirs = a.module.__dict__, b.module.__dict__
+    return frozenset(
+        k
+        for k in mine.keys() | theirs.keys()
+        if isinstance(mine.get(k), SCALARS)
+        and isinstance(theirs.get(k), SCALARS)
+        and (k in mine, mine.get(k)) != (k in theirs, theirs.get(k))
+    )
 
 
 def _shallow(module: Any) -> Any:
@@ -171,7 +192,10 @@ def transplant(live: nn.Module, made: Finished, *, replaceable: bool) -> None:
         else:
             live.__dict__[name] = new
     for name in changed.objects | changed.values:
-        live.__dict__[name] = finished.__dict__[name]
+        if name in finished.__dict__:
+            live.__dict__[name] = finished.__dict__[name]
+        else:
+            live.__dict__.pop(name, None)
 
 
 def materialise(twin: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> None:

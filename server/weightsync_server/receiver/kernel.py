@@ -1,9 +1,11 @@
-"""The kernel tensors of a live model: where they are, and whether they still are there."""
+"""Tensors of models: where they are, whether they still are there, and what they hold."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,6 +50,42 @@ def own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers of this module alone."""
     own = {**module._parameters, **module._buffers}  # noqa: SLF001 - nn.Module has no other door
     return {name: t for name, t in own.items() if t is not None}
+
+
+def key_of(t: torch.Tensor) -> int:
+    """The identity of a tensor's storage; the only one that meta storages have."""
+    return int(t.untyped_storage()._cdata)
+
+
+def reachable(value: Any, depth: int) -> Iterator[torch.Tensor]:
+    """Tensors in lists, dicts, objects and closures, ``depth`` levels deep; modules stay shut."""
+    if isinstance(value, torch.Tensor):
+        yield value
+        return
+    inner: Iterable[Any] = ()
+    if depth <= 0 or isinstance(value, (type, torch.nn.Module)):
+        pass
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        inner = value
+    elif isinstance(value, dict):
+        inner = value.values()
+    elif isinstance(value, partial):
+        inner = [*value.args, *value.keywords.values(), value.func]
+    elif is_dataclass(value):
+        inner = [getattr(value, f.name, None) for f in fields(value)]
+    elif (cells := getattr(value, "__closure__", None)) is not None:
+        inner = [_content(cell) for cell in cells]
+    elif hasattr(value, "__dict__"):
+        inner = vars(value).values()
+    for item in inner:
+        yield from reachable(item, depth - 1)
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a name that was never bound
+        return None
 
 
 def check_identities(model: nn.Module, known: dict[str, Identity]) -> None:

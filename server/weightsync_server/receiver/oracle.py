@@ -9,7 +9,8 @@ from torch import nn
 
 from weightsync.errors import LayoutError
 from weightsync_server.receiver.kernel import flat_bytes, own_tensors
-from weightsync_server.receiver.proof import Prover, Unit
+from weightsync_server.receiver.proof import Prover
+from weightsync_server.receiver.units import Unit
 
 _COLUMNS = 1024
 

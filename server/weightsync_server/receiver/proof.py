@@ -15,19 +15,19 @@ Nothing of this is believed: the live bytes are compared with a load that the en
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Literal
 
 import torch
 from torch import nn
 
 from weightsync.errors import LayoutError
-from weightsync.layout import Mode
 from weightsync_server.engines.base import EngineAdapter
-from weightsync_server.receiver.install import Finished, finished_copy, obstacle
+from weightsync_server.receiver.changes import same_changes
+from weightsync_server.receiver.install import Finished, finished_copy, obstacle, varying
 from weightsync_server.receiver.kernel import (
+    key_of,
     own_tensors,
+    reachable,
     replay,
     same_bytes,
     same_form,
@@ -36,45 +36,11 @@ from weightsync_server.receiver.kernel import (
     windows,
 )
 from weightsync_server.receiver.regions import TracedCopy
-from weightsync_server.receiver.watch import reachable
+from weightsync_server.receiver.units import Proofs, Unit, fill_probe, settle
 
 Source = Callable[[str], torch.Tensor]
 _WINDOW_NBYTES = 64 * 1024
 _READ_BACK_COLUMNS = 16
-_PROBE_NUMEL = 4099  # a prime: no row is as long, so rows differ
-
-
-@dataclass(slots=True)
-class Unit:
-    """A module with loaded parameters: its own names for them, and the kernel tensors' names.
-
-    ``derived``: attributes that are tensors which post-processing makes.  ``opaque``: it makes
-    objects whose state no tensor shows.
-    """
-
-    path: str
-    params: dict[str, str]
-    kind: Literal["direct", "renewed", "staged"] = "direct"
-    derived: frozenset[str] = frozenset()
-    opaque: bool = False
-
-
-@dataclass(slots=True)
-class Proofs:
-    """What was found out about a live model.
-
-    ``units`` in module order; ``refusals`` by kernel tensor.
-    """
-
-    units: list[Unit] = field(default_factory=list)
-    refusals: dict[str, str] = field(default_factory=dict)
-
-    def mode(self, tensor: str) -> Mode:
-        """How bytes reach a kernel tensor."""
-        if tensor in self.refusals:
-            return "refused"
-        kinds = {u.kind for u in self.units if tensor in u.params.values()}
-        return "staged" if "staged" in kinds or not kinds else "direct"
 
 
 class Prover:
@@ -90,15 +56,15 @@ class Prover:
         names: dict[int, str] = {}
         for name, t in [*self.twin.named_parameters(), *self.twin.named_buffers()]:
             if t.is_meta:
-                names.setdefault(int(t.untyped_storage()._cdata), name)
+                names.setdefault(key_of(t), name)
         self._owned: dict[str, dict[str, str]] = {}
-        for path, module in self.twin.named_modules():
-            own = {**module._parameters, **module._buffers}  # noqa: SLF001
-            found = {
-                leaf: names[int(t.untyped_storage()._cdata)]
-                for leaf, t in own.items()
-                if t is not None and t.is_meta
-            }
+        self._aliases: dict[str, list[str]] = {}
+        first: dict[nn.Module, str] = {}
+        for path, module in self.twin.named_modules(remove_duplicate=False):
+            if first.setdefault(module, path) != path:
+                self._aliases.setdefault(first[module], []).append(path)
+                continue
+            found = {leaf: names[key_of(t)] for leaf, t in own_tensors(module).items() if t.is_meta}
             if found:
                 self._owned[path] = found
 
@@ -137,7 +103,8 @@ class Prover:
         own = {leaf: tensors[name] for leaf, name in unit.params.items()}
         try:
             with torch.no_grad():
-                return finished_copy(self.adapter, twin, own, live, share=share), live
+                made = finished_copy(self.adapter, twin, own, live, share=share)
+                return made.with_values(live, unit.varying), live
         except Exception as error:
             raise LayoutError(
                 f"post-processing a copy of {unit.path or 'the model'} fails: "
@@ -161,7 +128,7 @@ class Prover:
                 self._holds(name, copies[name], source, full=full) for name in unit.params.values()
             ):
                 unit.kind = "staged"
-        _settle(proofs.units)
+        settle(proofs.units)
         for unit in proofs.units:
             if unit.kind != "direct" and not proofs.refusals.keys() & set(unit.params.values()):
                 self._prove_finish(unit, copies, source, proofs, full=full)
@@ -174,12 +141,22 @@ class Prover:
             proofs.units.append(unit)
             names = unit.params.values()
             try:
-                made, live = self.finished(unit, {n: self._probe(n) for n in names})
+                # and its negative: what comes out the same of both does not depend on the weights
+                first, live = self.finished(unit, self._probes(unit, negative=False))
+                other, _ = self.finished(unit, self._probes(unit, negative=True))
+                unit.varying = varying(first, other)
+                made = first.with_values(live, unit.varying)
+                changed = made.changes
+                if not same_changes(changed, other.changes):
+                    raise LayoutError(
+                        f"what post-processing does to {unit.path or 'the model'} depends on the "
+                        "weights"
+                    )
+                self._check_aliases(unit)
             except LayoutError as error:
                 unit.kind = "staged"
                 proofs.refusals.update(dict.fromkeys(names, error.message))
                 continue
-            changed = made.changes
             unit.derived, unit.opaque = changed.tensors, bool(changed.objects)
             reason = obstacle(live, made, replaceable=self.adapter.replaceable)
             if reason:
@@ -189,9 +166,9 @@ class Prover:
                 self._same_place(live, leaf, name) for leaf, name in unit.params.items()
             ):
                 unit.kind = "staged"
-            elif not changed.none:
+            elif not changed.none or unit.varying:
                 unit.kind = "renewed"
-        _settle(proofs.units)
+        settle(proofs.units)
         self._refuse_shared(proofs)
         return proofs
 
@@ -204,23 +181,16 @@ class Prover:
                 found.append(Unit(path, params))
         return found
 
-    def _probe(self, tensor: str) -> torch.Tensor:
-        """A buffer in load format in which a reordering, or a scale made from it, shows."""
-        probe = self.empty(tensor)
-        flat = probe.view(-1)
-        if flat.dtype.is_floating_point:
-            i = torch.arange(min(_PROBE_NUMEL, flat.numel()), dtype=torch.float32)
-            # two incommensurable steps: no two of them are alike at any power-of-two distance
-            block = (torch.frac(i * 0.6180339887) - 0.5) * torch.exp2(torch.frac(i * 0.7548776662))
-        else:
-            block = (torch.arange(min(_PROBE_NUMEL, flat.numel())) * 40503 >> 4) % 2
-        if flat.dtype == torch.float8_e8m0fnu:  # a bare exponent: there is no sign
-            block = block.abs()
-        block = block.to(device=flat.device).to(flat.dtype)
-        for start in range(0, flat.numel(), _PROBE_NUMEL):
-            part = flat[start : start + _PROBE_NUMEL]
-            part.copy_(block[: part.numel()])
-        return probe
+    def _probes(self, unit: Unit, *, negative: bool) -> dict[str, torch.Tensor]:
+        return {n: fill_probe(self.empty(n), negative=negative) for n in unit.params.values()}
+
+    def _check_aliases(self, unit: Unit) -> None:
+        live = self.adapter.live
+        for path in self._aliases.get(unit.path, ()):
+            if live.get_submodule(path) is not live.get_submodule(unit.path):
+                raise LayoutError(
+                    f"{unit.path} and {path} are one module when loaded, and two in the live engine"
+                )
 
     def _same_place(self, module: nn.Module, leaf: str, tensor: str) -> bool:
         """Whether a live module's tensor is the kernel tensor itself, in load format."""
@@ -373,14 +343,3 @@ def _objects_differ(made: Finished, live: nn.Module) -> str:
             if a is None or b is None or not same_bytes(a, b):
                 return f"{key} of a fresh load holds other tensors than the engine's"
     return ""
-
-
-def _settle(units: Sequence[Unit]) -> None:
-    """A tensor is staged for all modules that own it; a module is staged with all its tensors."""
-    changed = True
-    while changed:
-        staged = {name for u in units if u.kind == "staged" for name in u.params.values()}
-        late = [u for u in units if u.kind != "staged" and staged & set(u.params.values())]
-        for unit in late:
-            unit.kind = "staged"
-        changed = bool(late)

@@ -38,9 +38,10 @@ from weightsync_server.receiver.epoch import Epoch
 from weightsync_server.receiver.install import materialise, transplant
 from weightsync_server.receiver.kernel import Identity, check_identities, same_bytes, tensor_at
 from weightsync_server.receiver.oracle import checksums
-from weightsync_server.receiver.proof import Proofs, Prover
+from weightsync_server.receiver.proof import Prover
 from weightsync_server.receiver.target import Copies, Target, copies_by_tensor
 from weightsync_server.receiver.tracer import trace
+from weightsync_server.receiver.units import Proofs
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,10 @@ from weightsync.layout import CopyRecord, KernelRegion, WorkerLayout, WorkerPlac
 from weightsync.manifest import Manifest
 from weightsync_server.receiver.coverage import complement, intervals, last_write_wins, within
 from weightsync_server.receiver.kernel import flat_bytes, tensor_at, view
-from weightsync_server.receiver.proof import Proofs, Prover
+from weightsync_server.receiver.proof import Prover
 from weightsync_server.receiver.regions import TracedCopy
 from weightsync_server.receiver.tracer import Trace
+from weightsync_server.receiver.units import Proofs
 
 Copies = dict[str, list[TracedCopy]]
 _FLOAT8 = "float8"

@@ -19,8 +19,9 @@ from torch import nn
 
 from weightsync.errors import ManifestError, TraceError, WeightSyncError
 from weightsync.manifest import Manifest, TensorSpec
+from weightsync_server.receiver.kernel import key_of, reachable
 from weightsync_server.receiver.regions import Strided, TracedCopy
-from weightsync_server.receiver.watch import TraceState, Watch, key_of, reachable
+from weightsync_server.receiver.watch import TraceState, Watch
 
 Loader = Callable[[nn.Module, Iterable[tuple[str, torch.Tensor]]], None]
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from weightsync.errors import TraceError
 from weightsync_server.receiver.coverage import intervals, overlap
+from weightsync_server.receiver.kernel import key_of
 from weightsync_server.receiver.regions import Piece, Strided, TracedCopy, pieces, whole
 
 aten = torch.ops.aten
@@ -48,42 +48,6 @@ class _Taint:
 
     tensors: set[str]
     op: str
-
-
-def key_of(t: torch.Tensor) -> int:
-    """The identity of a tensor's storage; the only one that meta storages have."""
-    return int(t.untyped_storage()._cdata)
-
-
-def reachable(value: Any, depth: int) -> Iterator[torch.Tensor]:
-    """Tensors in lists, dicts, objects and closures, ``depth`` levels deep; modules stay shut."""
-    if isinstance(value, torch.Tensor):
-        yield value
-        return
-    inner: Iterable[Any] = ()
-    if depth <= 0 or isinstance(value, (type, torch.nn.Module)):
-        pass
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        inner = value
-    elif isinstance(value, dict):
-        inner = value.values()
-    elif isinstance(value, partial):
-        inner = [*value.args, *value.keywords.values(), value.func]
-    elif is_dataclass(value):
-        inner = [getattr(value, f.name, None) for f in fields(value)]
-    elif (cells := getattr(value, "__closure__", None)) is not None:
-        inner = [_content(cell) for cell in cells]
-    elif hasattr(value, "__dict__"):
-        inner = vars(value).values()
-    for item in inner:
-        yield from reachable(item, depth - 1)
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # a name that was never bound
-        return None
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:

@@ -1,0 +1,568 @@
+"""What an engine's post-processing may do to a module, and what comes of it: never wrong bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.receiver.toys import (
+    Bag,
+    Pairs,
+    ToyAdapter,
+    Weights,
+    by_name,
+    new_pair,
+    random_like,
+    state_of,
+)
+from weightsync.errors import LayoutError, RefusedError
+from weightsync_server.receiver.units import Proofs
+
+
+class Linear(Bag):
+    """The module that post-processing changes; ``Net`` has one, and one that it leaves alone."""
+
+    def __init__(self) -> None:
+        super().__init__(weight=torch.empty(6, 6))
+        self.scale = 1.0
+        self.flag = False
+        self.child = Plain()
+        self.cache: dict[str, torch.Tensor] = {}
+        self.register_buffer("table", torch.empty(6), persistent=False)
+
+
+class Plain(nn.Module):
+    note: object = None
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = Linear()
+        self.norm = Bag(weight=torch.empty(6))
+
+
+def weights(seed: int = 0) -> Weights:
+    return {
+        "lin.weight": random_like(torch.float32, 6, 6, seed=seed),
+        "norm.weight": random_like(torch.float32, 6, seed=seed),
+    }
+
+
+Finish = Callable[[nn.Module], None]
+
+
+def on_linear(change: Callable[[Linear], object]) -> Finish:
+    def finish(module: nn.Module) -> None:
+        if isinstance(module, Linear):
+            change(module)
+
+    return finish
+
+
+def nothing(m: Linear) -> None:
+    pass
+
+
+def repack_in_new_memory(m: Linear) -> None:
+    m.weight = nn.Parameter(m.weight.data.t().contiguous(), requires_grad=False)
+
+
+def repack_in_place(m: Linear) -> None:
+    m.weight.data.copy_(m.weight.data.t().clone())
+
+
+def swap_data(m: Linear) -> None:
+    m.weight.data = m.weight.data.t().contiguous()
+
+
+def pad(m: Linear) -> None:
+    m.weight = nn.Parameter(nn.functional.pad(m.weight.data, (0, 2)), requires_grad=False)
+
+
+def keep_packed_copy(m: Linear) -> None:
+    m.packed = m.weight.data.t().contiguous() * 2
+
+
+def keep_a_view(m: Linear) -> None:
+    m.transposed = m.weight.data.t()
+
+
+def keep_derived_number(m: Linear) -> None:
+    m.scale = float(m.weight.abs().max())
+
+
+def keep_derived_flag(m: Linear) -> None:
+    m.flag = bool(m.weight[0, 0] > 0)
+
+
+def fill_buffer(m: Linear) -> None:
+    m.table.copy_(m.weight.sum(0))
+
+
+def new_parameter(m: Linear) -> None:
+    m.register_parameter("scales", nn.Parameter(m.weight.amax(0), requires_grad=False))
+
+
+def closure_over_copy(m: Linear) -> None:
+    packed = m.weight.data.clone()
+    m.compute = lambda x: x @ packed.t()
+
+
+def closure_over_weight(m: Linear) -> None:
+    own = m.weight.data
+    m.compute = lambda x: x @ own.t()
+
+
+KINDS: dict[str, tuple[Callable[[Linear], object], str]] = {
+    "nothing": (nothing, "direct"),
+    "repack in new memory": (repack_in_new_memory, "staged"),
+    "repack in place": (repack_in_place, "staged"),
+    "swap data": (swap_data, "staged"),
+    "pad": (pad, "staged"),
+    "keep a packed copy": (keep_packed_copy, "renewed"),
+    "keep a view": (keep_a_view, "renewed"),
+    "keep a derived number": (keep_derived_number, "renewed"),
+    "fill a buffer": (fill_buffer, "renewed"),
+    "make a new parameter": (new_parameter, "renewed"),
+    "closure over a copy": (closure_over_copy, "renewed"),
+    "closure over the weight": (closure_over_weight, "renewed"),
+}
+
+
+def kind_of(receiver: object, path: str = "lin") -> str:
+    proofs: Proofs = receiver._proofs
+    return next(u.kind for u in proofs.units if u.path == path)
+
+
+def engine(
+    change: Callable[[Linear], object], folder: Path | None, **options: object
+) -> ToyAdapter:
+    return ToyAdapter(Net, start=weights(), finish=on_linear(change), folder=folder, **options)
+
+
+def served(model: nn.Module) -> dict[str, bytes]:
+    found = state_of(model)
+    compute = getattr(model.lin, "compute", None)
+    if compute is not None:
+        found["compute"] = compute(torch.eye(6)).numpy().tobytes()
+    return found
+
+
+@pytest.mark.parametrize("proof", ["windows", "full"])
+@pytest.mark.parametrize("name", KINDS)
+def test_after_a_push_the_engine_serves_what_a_fresh_load_would(name, proof, tmp_path):
+    change, kind = KINDS[name]
+    adapter = engine(change, tmp_path)
+    receiver, trainer = new_pair(adapter, proof=proof)
+    assert receiver._proofs.refusals == {}
+    assert kind_of(receiver) == kind
+    assert kind_of(receiver, "norm") == "direct"
+    reply = trainer.rendezvous(weights())
+    assert {r.name: r.mode for r in reply.layout.regions} == {
+        "lin.weight": "staged" if kind == "staged" else "direct",
+        "norm.weight": "direct",
+    }
+    # more than once: nothing of the push before may shine through
+    for version in (1, 2, 3):
+        trainer.push(weights(version), version)
+        assert served(adapter.live) == served(adapter.fresh(weights(version)))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_without_a_checkpoint_the_first_push_proves_the_later_ones(name):
+    change, kind = KINDS[name]
+    adapter = engine(change, None)
+    receiver, trainer = new_pair(adapter)
+    reply = trainer.rendezvous(weights(1))
+    assert {r.mode for r in reply.layout.regions} == {"staged"}
+    trainer.push(weights(1), 1)
+    assert served(adapter.live) == served(adapter.fresh(weights(1)))
+    assert kind_of(receiver) == kind
+    assert receiver._proofs.refusals == {}
+    trainer.rendezvous(weights(2))
+    for version in (2, 3):
+        trainer.push(weights(version), version)
+        assert served(adapter.live) == served(adapter.fresh(weights(version)))
+
+
+@pytest.mark.parametrize("keep", [keep_a_view, closure_over_weight, swap_data, repack_in_place])
+def test_a_staged_write_never_lands_in_memory_that_serves(keep, tmp_path):
+    def finish(m: Linear) -> None:
+        keep(m)
+        m.weight = nn.Parameter(m.weight.data.view(4, 9), requires_grad=False)
+
+    adapter = engine(finish, tmp_path)
+    receiver, trainer = new_pair(adapter)
+    assert kind_of(receiver) == "staged"
+    trainer.rendezvous(weights())
+    trainer.push(weights(1), 1)
+    before = {k: v for k, v in served(adapter.live).items() if not k.startswith("norm")}
+    trainer.fill(weights(2))
+    trainer.begin(2)
+    trainer.send(2)
+    assert before.items() <= served(adapter.live).items()
+
+
+def test_a_repack_in_place_is_seen_where_the_checkpoint_cannot_show_it(tmp_path):
+    """Equal rows look the same whatever is done to their order; the next weights do not."""
+    ones = {"lin.weight": torch.ones(6, 6), "norm.weight": torch.ones(6)}
+    adapter = ToyAdapter(Net, start=ones, finish=on_linear(repack_in_place), folder=tmp_path)
+    receiver, trainer = new_pair(adapter, proof="full")
+    assert kind_of(receiver) == "staged"
+    trainer.rendezvous(weights())
+    trainer.push(weights(1), 1)
+    assert served(adapter.live) == served(adapter.fresh(weights(1)))
+
+
+def test_staging_keeps_its_padding_clean_when_finishing_works_in_place(tmp_path):
+    """Rows 4 and 5 are no weights; a transpose in place moves weights there, in a copy only."""
+
+    def load(module: nn.Module, tensors: Pairs) -> None:
+        for name, t in tensors:
+            if name == "lin.weight":
+                module.lin.weight.data[:4].copy_(t[:4])
+                module.lin.weight.data[4:].zero_()
+            else:
+                by_name(module, [(name, t)])
+
+    finish = on_linear(repack_in_place)
+    adapter = ToyAdapter(Net, start=weights(), load=load, finish=finish, folder=tmp_path)
+    _, trainer = new_pair(adapter)
+    trainer.rendezvous(weights())
+    for version in (1, 2):
+        trainer.push(weights(version), version)
+        assert served(adapter.live) == served(adapter.fresh(weights(version)))
+
+
+def test_padding_filled_with_a_constant_that_staging_lacks_is_refused(tmp_path):
+    def load(module: nn.Module, tensors: Pairs) -> None:
+        for name, t in tensors:
+            if name == "lin.weight":
+                module.lin.weight.data[:4].copy_(t[:4])
+                module.lin.weight.data[4:].fill_(1.0)
+            else:
+                by_name(module, [(name, t)])
+
+    adapter = ToyAdapter(
+        Net, start=weights(), load=load, finish=on_linear(repack_in_place), folder=tmp_path
+    )
+    _, trainer = new_pair(adapter)
+    with pytest.raises(RefusedError, match=r"lin\.weight"):
+        trainer.rendezvous(weights())
+
+
+def emptied(m: Linear) -> None:
+    packed = m.weight.data.t().contiguous()
+    m.compute = lambda x: x @ packed
+    m.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+
+
+def columns_of(module: nn.Module, param: str, columns: torch.Tensor) -> torch.Tensor | None:
+    if not hasattr(module, "compute"):
+        return None
+    return module.compute(torch.eye(6)[columns]).t()
+
+
+def test_an_emptied_parameter_is_staged_where_it_can_be_read_back(tmp_path):
+    adapter = engine(emptied, tmp_path, read_back=columns_of)
+    receiver, trainer = new_pair(adapter, proof="full")
+    assert kind_of(receiver) == "staged"
+    trainer.rendezvous(weights())
+    for version in (1, 2):
+        trainer.push(weights(version), version)
+        assert served(adapter.live) == served(adapter.fresh(weights(version)))
+
+
+def test_an_emptied_parameter_that_cannot_be_read_back_is_refused(tmp_path):
+    adapter = engine(emptied, tmp_path)
+    before = served(adapter.live)
+    _, trainer = new_pair(adapter)
+    with pytest.raises(RefusedError, match=r"weight is emptied .* cannot be read back") as error:
+        trainer.rendezvous(weights())
+    assert [r["tensor"] for r in error.value.context["refusals"]] == ["lin.weight"]
+    assert served(adapter.live) == before
+
+
+def test_an_opaque_kernel_that_computes_with_other_weights_is_refused(tmp_path):
+    adapter = engine(emptied, tmp_path, read_back=columns_of)
+    adapter.live.lin.compute = lambda x: x * 2
+    _, trainer = new_pair(adapter)
+    with pytest.raises(RefusedError, match="the engine computes with another weight"):
+        trainer.rendezvous(weights())
+
+
+def test_an_object_that_holds_other_tensors_than_a_fresh_loads_is_refused(tmp_path):
+    adapter = engine(closure_over_copy, tmp_path)
+    other = torch.zeros(6, 6)
+    adapter.live.lin.compute = lambda x: x @ other
+    _, trainer = new_pair(adapter)
+    with pytest.raises(RefusedError, match="compute of a fresh load holds other tensors"):
+        trainer.rendezvous(weights())
+
+
+class Method:
+    def __init__(self) -> None:
+        self.kept: object = None
+        self.cache: dict[str, torch.Tensor] = {}
+
+
+class WithMethod(Linear):
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant_method = Method()
+
+
+class MethodNet(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = WithMethod()
+
+
+@pytest.mark.parametrize(
+    ("keep", "what"),
+    [
+        (lambda m: setattr(m.quant_method, "kept", m.weight.data.clone()), "quant_method.kept"),
+        (lambda m: setattr(m.quant_method, "kept", [m.weight.t() * 2]), "quant_method.kept"),
+        (lambda m: m.quant_method.cache.update(w=m.weight.data.clone()), "quant_method.cache"),
+        (lambda m: m.cache.update(w=m.weight.data.clone()), "cache"),
+        (lambda m: setattr(m.child, "note", m.weight.data.clone()), "submodule child.note"),
+        (lambda m: m.add_module("packed", Bag(w=m.weight.data.t().clone())), "submodule packed"),
+    ],
+)
+def test_state_that_the_module_does_not_own_is_refused(keep, what, tmp_path):
+    adapter = ToyAdapter(MethodNet, start=weights(), finish=on_linear(keep), folder=tmp_path)
+    _, trainer = new_pair(adapter)
+    with pytest.raises(RefusedError, match=what):
+        trainer.rendezvous(weights())
+
+
+def test_post_processing_that_fails_on_a_copy_is_refused(tmp_path):
+    def fail(module: Linear) -> None:
+        raise ValueError("no such kernel")
+
+    adapter = engine(nothing, tmp_path)
+    adapter._finish = on_linear(fail)
+    _, trainer = new_pair(adapter)
+    with pytest.raises(RefusedError, match="ValueError: no such kernel"):
+        trainer.rendezvous(weights())
+
+
+def test_proving_changes_nothing_in_the_live_engine(tmp_path):
+    def finish(m: Linear) -> None:
+        fill_buffer(m)
+        keep_packed_copy(m)
+        keep_derived_number(m)
+
+    adapter = engine(finish, tmp_path)
+    before = served(adapter.live)
+    receiver, _ = new_pair(adapter, proof="full")
+    receiver.checksums()
+    assert served(adapter.live) == before
+
+
+# ------------------------------------------------------------------ captured graphs
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nothing",
+        "repack in place",
+        "keep a packed copy",
+        "keep a view",
+        "fill a buffer",
+        "make a new parameter",
+        "repack in new memory",
+    ],
+)
+def test_with_captured_graphs_every_tensor_stays_where_it_is(name, tmp_path):
+    change, _ = KINDS[name]
+    adapter = engine(change, tmp_path, replaceable=False)
+    _, trainer = new_pair(adapter)
+    lin = adapter.live.lin
+    held = [
+        *lin.parameters(),
+        *lin.buffers(),
+        *(v for v in vars(lin).values() if torch.is_tensor(v)),
+    ]
+    addresses = [t.data_ptr() for t in held]
+    trainer.rendezvous(weights())
+    trainer.push(weights(1), 1)
+    now = [
+        *lin.parameters(),
+        *lin.buffers(),
+        *(v for v in vars(lin).values() if torch.is_tensor(v)),
+    ]
+    assert [t.data_ptr() for t in now] == addresses
+    assert served(adapter.live) == served(adapter.fresh(weights(1)))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (closure_over_copy, "sets compute, which captured graphs keep"),
+        (keep_derived_number, "sets scale, which captured graphs keep"),
+        (keep_derived_flag, "sets flag, which captured graphs keep"),
+    ],
+)
+def test_with_captured_graphs_what_cannot_be_renewed_in_place_is_refused(change, reason, tmp_path):
+    start = weights()
+    start["lin.weight"][0, 0] = 3.0  # the probe's is negative: the flag depends on the weights
+    adapter = ToyAdapter(
+        Net, start=start, finish=on_linear(change), folder=tmp_path, replaceable=False
+    )
+    _, trainer = new_pair(adapter)
+    with pytest.raises(RefusedError, match=reason):
+        trainer.rendezvous(weights())
+
+
+def test_with_captured_graphs_another_shape_than_a_fresh_loads_is_refused(tmp_path):
+    adapter = engine(pad, tmp_path, replaceable=False)
+    adapter.live.lin.weight = nn.Parameter(torch.zeros(6, 9), requires_grad=False)
+    _, trainer = new_pair(adapter)
+    with pytest.raises(RefusedError, match=r"\(6, 8\).*\(6, 9\)"):
+        trainer.rendezvous(weights())
+
+
+# ------------------------------------------------------------------ live weights that are others
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_live_weight_that_differs_in_one_byte_is_never_direct(name, tmp_path):
+    change, _ = KINDS[name]
+    adapter = engine(change, tmp_path)
+    raw = adapter.live.lin.weight.data.view(-1).view(torch.uint8)
+    raw[17] ^= 1
+    receiver, trainer = new_pair(adapter)
+    assert receiver._proofs.mode("lin.weight") == "refused"
+    with pytest.raises(RefusedError, match=r"another weight than the engine serves"):
+        trainer.rendezvous(weights())
+
+
+@pytest.mark.parametrize("stale", ["packed", "scale", "table"])
+def test_a_derived_tensor_that_is_stale_is_refused(stale, tmp_path):
+    def finish(m: Linear) -> None:
+        keep_packed_copy(m)
+        keep_derived_number(m)
+        fill_buffer(m)
+
+    adapter = engine(finish, tmp_path)
+    lin = adapter.live.lin
+    setattr(lin, stale, 0.5 if stale == "scale" else getattr(lin, stale) + 1)
+    _, trainer = new_pair(adapter)
+    with pytest.raises(RefusedError, match=stale):
+        trainer.rendezvous(weights())
+
+
+def test_a_live_weight_in_the_middle_of_a_larger_storage_is_written_where_it_is(tmp_path):
+    adapter = engine(nothing, tmp_path)
+    room = torch.zeros(100)
+    room[30:66] = adapter.live.lin.weight.data.view(-1)
+    adapter.live.lin.weight.data = room[30:66].view(6, 6)
+    receiver, trainer = new_pair(adapter)
+    assert kind_of(receiver) == "direct"
+    trainer.rendezvous(weights())
+    trainer.push(weights(1), 1)
+    assert torch.equal(room[30:66].view(6, 6), weights(1)["lin.weight"])
+    assert not room[:30].any()
+    assert not room[66:].any()
+
+
+def test_a_live_weight_with_other_strides_is_staged_and_right(tmp_path):
+    adapter = engine(nothing, tmp_path)
+    adapter.live.lin.weight.data = adapter.live.lin.weight.data.t().contiguous().t()
+    receiver, trainer = new_pair(adapter)
+    assert kind_of(receiver) == "staged"
+    trainer.rendezvous(weights())
+    trainer.push(weights(1), 1)
+    assert torch.equal(adapter.live.lin.weight, weights(1)["lin.weight"])
+
+
+# ------------------------------------------------------------------ tied weights
+
+
+class Embeddings(nn.Module):
+    tied = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = Bag(weight=torch.empty(6, 4))
+        self.head = Bag(weight=torch.empty(6, 4))
+        if self.tied:
+            self.head.weight = self.embed.weight
+
+
+class TiedEmbeddings(Embeddings):
+    tied = True
+
+
+def pair_of(seed: int = 0) -> Weights:
+    w = random_like(torch.float32, 6, 4, seed=seed)
+    return {"embed.weight": w, "head.weight": w.clone()}
+
+
+def test_tied_weights_are_one_region_and_one_write(tmp_path):
+    adapter = ToyAdapter(TiedEmbeddings, start=pair_of(), folder=None)
+    assert adapter.live.head.weight is adapter.live.embed.weight
+    _, trainer = new_pair(adapter)
+    for version in (1, 2):
+        reply = trainer.rendezvous(pair_of(version))
+        assert len(reply.layout.regions) == 1
+        assert reply.layout.skipped == ("embed.weight",)
+        trainer.push(pair_of(version), version)
+        assert torch.equal(adapter.live.head.weight, pair_of(version)["head.weight"])
+    assert adapter.live.head.weight.data_ptr() == adapter.live.embed.weight.data_ptr()
+
+
+@pytest.mark.parametrize("part", [slice(None), slice(3, None)])
+def test_weights_that_load_apart_and_share_live_memory_are_refused(part, tmp_path):
+    adapter = ToyAdapter(Embeddings, start=pair_of(), folder=tmp_path)
+    adapter.live.head.weight.data = adapter.live.embed.weight.data[part]
+    _, trainer = new_pair(adapter)
+    with pytest.raises(RefusedError, match="share memory in the live engine, and load apart"):
+        trainer.rendezvous(pair_of())
+
+
+def test_tied_weights_that_the_live_engine_holds_apart_are_both_written(tmp_path):
+    adapter = ToyAdapter(TiedEmbeddings, start=pair_of(), folder=tmp_path)
+    adapter.live.head.weight = nn.Parameter(adapter.live.embed.weight.clone(), requires_grad=False)
+    receiver, trainer = new_pair(adapter)
+    assert kind_of(receiver, "head") == "staged"
+    trainer.rendezvous(pair_of())
+    trainer.push(pair_of(1), 1)
+    assert torch.equal(adapter.live.head.weight, pair_of(1)["head.weight"])
+    assert torch.equal(adapter.live.embed.weight, pair_of(1)["head.weight"])
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Linear()
+        self.second = self.first
+
+
+def test_a_module_under_two_paths_is_finished_once(tmp_path):
+    start = {"first.weight": random_like(torch.float32, 6, 6)}
+    adapter = ToyAdapter(
+        Shared, start=start, finish=on_linear(repack_in_new_memory), folder=tmp_path
+    )
+    receiver, trainer = new_pair(adapter)
+    assert [u.path for u in receiver._proofs.units] == ["first"]
+    trainer.rendezvous(start)
+    new = {"first.weight": random_like(torch.float32, 6, 6, seed=9)}
+    trainer.push(new, 1)
+    assert torch.equal(adapter.live.second.weight, new["first.weight"].t())
+
+
+def test_a_module_under_two_paths_that_the_live_engine_holds_apart_is_refused(tmp_path):
+    start = {"first.weight": random_like(torch.float32, 6, 6)}
+    adapter = ToyAdapter(Shared, start=start, folder=tmp_path)
+    adapter.live.second = Linear()
+    _, trainer = new_pair(adapter)
+    with pytest.raises(LayoutError, match="second"):
+        trainer.rendezvous(start)
