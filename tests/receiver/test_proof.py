@@ -2,155 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
+from tests.receiver.finishing import (
+    KINDS,
+    Linear,
+    Net,
+    closure_over_copy,
+    closure_over_weight,
+    engine,
+    fill_buffer,
+    keep_a_view,
+    keep_derived_flag,
+    keep_derived_number,
+    keep_packed_copy,
+    kind_of,
+    nothing,
+    on_linear,
+    pad,
+    repack_in_place,
+    served,
+    swap_data,
+    weights,
+)
 from tests.receiver.toys import (
     Bag,
     Pairs,
     ToyAdapter,
-    Weights,
     by_name,
     new_pair,
-    random_like,
-    state_of,
 )
-from weightsync.errors import LayoutError, RefusedError
-from weightsync_server.receiver.units import Proofs
-
-
-class Linear(Bag):
-    """The module that post-processing changes; ``Net`` has one, and one that it leaves alone."""
-
-    def __init__(self) -> None:
-        super().__init__(weight=torch.empty(6, 6))
-        self.scale = 1.0
-        self.flag = False
-        self.child = Plain()
-        self.cache: dict[str, torch.Tensor] = {}
-        self.register_buffer("table", torch.empty(6), persistent=False)
-
-
-class Plain(nn.Module):
-    note: object = None
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lin = Linear()
-        self.norm = Bag(weight=torch.empty(6))
-
-
-def weights(seed: int = 0) -> Weights:
-    return {
-        "lin.weight": random_like(torch.float32, 6, 6, seed=seed),
-        "norm.weight": random_like(torch.float32, 6, seed=seed),
-    }
-
-
-Finish = Callable[[nn.Module], None]
-
-
-def on_linear(change: Callable[[Linear], object]) -> Finish:
-    def finish(module: nn.Module) -> None:
-        if isinstance(module, Linear):
-            change(module)
-
-    return finish
-
-
-def nothing(m: Linear) -> None:
-    pass
-
-
-def repack_in_new_memory(m: Linear) -> None:
-    m.weight = nn.Parameter(m.weight.data.t().contiguous(), requires_grad=False)
-
-
-def repack_in_place(m: Linear) -> None:
-    m.weight.data.copy_(m.weight.data.t().clone())
-
-
-def swap_data(m: Linear) -> None:
-    m.weight.data = m.weight.data.t().contiguous()
-
-
-def pad(m: Linear) -> None:
-    m.weight = nn.Parameter(nn.functional.pad(m.weight.data, (0, 2)), requires_grad=False)
-
-
-def keep_packed_copy(m: Linear) -> None:
-    m.packed = m.weight.data.t().contiguous() * 2
-
-
-def keep_a_view(m: Linear) -> None:
-    m.transposed = m.weight.data.t()
-
-
-def keep_derived_number(m: Linear) -> None:
-    m.scale = float(m.weight.abs().max())
-
-
-def keep_derived_flag(m: Linear) -> None:
-    m.flag = bool(m.weight[0, 0] > 0)
-
-
-def fill_buffer(m: Linear) -> None:
-    m.table.copy_(m.weight.sum(0))
-
-
-def new_parameter(m: Linear) -> None:
-    m.register_parameter("scales", nn.Parameter(m.weight.amax(0), requires_grad=False))
-
-
-def closure_over_copy(m: Linear) -> None:
-    packed = m.weight.data.clone()
-    m.compute = lambda x: x @ packed.t()
-
-
-def closure_over_weight(m: Linear) -> None:
-    own = m.weight.data
-    m.compute = lambda x: x @ own.t()
-
-
-KINDS: dict[str, tuple[Callable[[Linear], object], str]] = {
-    "nothing": (nothing, "direct"),
-    "repack in new memory": (repack_in_new_memory, "staged"),
-    "repack in place": (repack_in_place, "staged"),
-    "swap data": (swap_data, "staged"),
-    "pad": (pad, "staged"),
-    "keep a packed copy": (keep_packed_copy, "renewed"),
-    "keep a view": (keep_a_view, "renewed"),
-    "keep a derived number": (keep_derived_number, "renewed"),
-    "fill a buffer": (fill_buffer, "renewed"),
-    "make a new parameter": (new_parameter, "renewed"),
-    "closure over a copy": (closure_over_copy, "renewed"),
-    "closure over the weight": (closure_over_weight, "renewed"),
-}
-
-
-def kind_of(receiver: object, path: str = "lin") -> str:
-    proofs: Proofs = receiver._proofs
-    return next(u.kind for u in proofs.units if u.path == path)
-
-
-def engine(
-    change: Callable[[Linear], object], folder: Path | None, **options: object
-) -> ToyAdapter:
-    return ToyAdapter(Net, start=weights(), finish=on_linear(change), folder=folder, **options)
-
-
-def served(model: nn.Module) -> dict[str, bytes]:
-    found = state_of(model)
-    compute = getattr(model.lin, "compute", None)
-    if compute is not None:
-        found["compute"] = compute(torch.eye(6)).numpy().tobytes()
-    return found
+from weightsync.errors import RefusedError
 
 
 @pytest.mark.parametrize("proof", ["windows", "full"])
@@ -427,142 +311,3 @@ def test_with_captured_graphs_another_shape_than_a_fresh_loads_is_refused(tmp_pa
     _, trainer = new_pair(adapter)
     with pytest.raises(RefusedError, match=r"\(6, 8\).*\(6, 9\)"):
         trainer.rendezvous(weights())
-
-
-# ------------------------------------------------------------------ live weights that are others
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_a_live_weight_that_differs_in_one_byte_is_never_direct(name, tmp_path):
-    change, _ = KINDS[name]
-    adapter = engine(change, tmp_path)
-    raw = adapter.live.lin.weight.data.view(-1).view(torch.uint8)
-    raw[17] ^= 1
-    receiver, trainer = new_pair(adapter)
-    assert receiver._proofs.mode("lin.weight") == "refused"
-    with pytest.raises(RefusedError, match=r"another weight than the engine serves"):
-        trainer.rendezvous(weights())
-
-
-@pytest.mark.parametrize("stale", ["packed", "scale", "table"])
-def test_a_derived_tensor_that_is_stale_is_refused(stale, tmp_path):
-    def finish(m: Linear) -> None:
-        keep_packed_copy(m)
-        keep_derived_number(m)
-        fill_buffer(m)
-
-    adapter = engine(finish, tmp_path)
-    lin = adapter.live.lin
-    setattr(lin, stale, 0.5 if stale == "scale" else getattr(lin, stale) + 1)
-    _, trainer = new_pair(adapter)
-    with pytest.raises(RefusedError, match=stale):
-        trainer.rendezvous(weights())
-
-
-def test_a_live_weight_in_the_middle_of_a_larger_storage_is_written_where_it_is(tmp_path):
-    adapter = engine(nothing, tmp_path)
-    room = torch.zeros(100)
-    room[30:66] = adapter.live.lin.weight.data.view(-1)
-    adapter.live.lin.weight.data = room[30:66].view(6, 6)
-    receiver, trainer = new_pair(adapter)
-    assert kind_of(receiver) == "direct"
-    trainer.rendezvous(weights())
-    trainer.push(weights(1), 1)
-    assert torch.equal(room[30:66].view(6, 6), weights(1)["lin.weight"])
-    assert not room[:30].any()
-    assert not room[66:].any()
-
-
-def test_a_live_weight_with_other_strides_is_staged_and_right(tmp_path):
-    adapter = engine(nothing, tmp_path)
-    adapter.live.lin.weight.data = adapter.live.lin.weight.data.t().contiguous().t()
-    receiver, trainer = new_pair(adapter)
-    assert kind_of(receiver) == "staged"
-    trainer.rendezvous(weights())
-    trainer.push(weights(1), 1)
-    assert torch.equal(adapter.live.lin.weight, weights(1)["lin.weight"])
-
-
-# ------------------------------------------------------------------ tied weights
-
-
-class Embeddings(nn.Module):
-    tied = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = Bag(weight=torch.empty(6, 4))
-        self.head = Bag(weight=torch.empty(6, 4))
-        if self.tied:
-            self.head.weight = self.embed.weight
-
-
-class TiedEmbeddings(Embeddings):
-    tied = True
-
-
-def pair_of(seed: int = 0) -> Weights:
-    w = random_like(torch.float32, 6, 4, seed=seed)
-    return {"embed.weight": w, "head.weight": w.clone()}
-
-
-def test_tied_weights_are_one_region_and_one_write(tmp_path):
-    adapter = ToyAdapter(TiedEmbeddings, start=pair_of(), folder=None)
-    assert adapter.live.head.weight is adapter.live.embed.weight
-    _, trainer = new_pair(adapter)
-    for version in (1, 2):
-        reply = trainer.rendezvous(pair_of(version))
-        assert len(reply.layout.regions) == 1
-        assert reply.layout.skipped == ("embed.weight",)
-        trainer.push(pair_of(version), version)
-        assert torch.equal(adapter.live.head.weight, pair_of(version)["head.weight"])
-    assert adapter.live.head.weight.data_ptr() == adapter.live.embed.weight.data_ptr()
-
-
-@pytest.mark.parametrize("part", [slice(None), slice(3, None)])
-def test_weights_that_load_apart_and_share_live_memory_are_refused(part, tmp_path):
-    adapter = ToyAdapter(Embeddings, start=pair_of(), folder=tmp_path)
-    adapter.live.head.weight.data = adapter.live.embed.weight.data[part]
-    _, trainer = new_pair(adapter)
-    with pytest.raises(RefusedError, match="share memory in the live engine, and load apart"):
-        trainer.rendezvous(pair_of())
-
-
-def test_tied_weights_that_the_live_engine_holds_apart_are_both_written(tmp_path):
-    adapter = ToyAdapter(TiedEmbeddings, start=pair_of(), folder=tmp_path)
-    adapter.live.head.weight = nn.Parameter(adapter.live.embed.weight.clone(), requires_grad=False)
-    receiver, trainer = new_pair(adapter)
-    assert kind_of(receiver, "head") == "staged"
-    trainer.rendezvous(pair_of())
-    trainer.push(pair_of(1), 1)
-    assert torch.equal(adapter.live.head.weight, pair_of(1)["head.weight"])
-    assert torch.equal(adapter.live.embed.weight, pair_of(1)["head.weight"])
-
-
-class Shared(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = Linear()
-        self.second = self.first
-
-
-def test_a_module_under_two_paths_is_finished_once(tmp_path):
-    start = {"first.weight": random_like(torch.float32, 6, 6)}
-    adapter = ToyAdapter(
-        Shared, start=start, finish=on_linear(repack_in_new_memory), folder=tmp_path
-    )
-    receiver, trainer = new_pair(adapter)
-    assert [u.path for u in receiver._proofs.units] == ["first"]
-    trainer.rendezvous(start)
-    new = {"first.weight": random_like(torch.float32, 6, 6, seed=9)}
-    trainer.push(new, 1)
-    assert torch.equal(adapter.live.second.weight, new["first.weight"].t())
-
-
-def test_a_module_under_two_paths_that_the_live_engine_holds_apart_is_refused(tmp_path):
-    start = {"first.weight": random_like(torch.float32, 6, 6)}
-    adapter = ToyAdapter(Shared, start=start, folder=tmp_path)
-    adapter.live.second = Linear()
-    _, trainer = new_pair(adapter)
-    with pytest.raises(LayoutError, match="second"):
-        trainer.rendezvous(start)

@@ -1,38 +1,25 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import nn
 
-from tests.receiver.toys import Bag, Load, Pairs, Weights, agree, by_name, random_like, traced
+from tests.receiver.toys import (
+    BF16,
+    F16,
+    F32,
+    Bag,
+    Pairs,
+    agree,
+    bag,
+    by_name,
+    each,
+    into_p,
+    traced,
+    weights_of,
+)
 from weightsync.errors import ManifestError, TraceError
-from weightsync.manifest import Manifest, TensorSpec
 from weightsync_server.receiver.target import copies_by_tensor
-
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-
-
-def bag(dtype: torch.dtype = F32, **shapes: tuple[int, ...]) -> Callable[[], nn.Module]:
-    return lambda: Bag(**{k: torch.empty(v, dtype=dtype) for k, v in shapes.items()})
-
-
-def weights(dtype: torch.dtype = F32, **shapes: tuple[int, ...]) -> Weights:
-    return {k: random_like(dtype, *v, seed=i) for i, (k, v) in enumerate(shapes.items())}
-
-
-def each(one: Callable[[nn.Module, str, torch.Tensor], None]) -> Load:
-    def load(module: nn.Module, tensors: Pairs) -> None:
-        for name, t in tensors:
-            one(module, name, t)
-
-    return load
-
-
-def into_p(view: Callable[[torch.Tensor], torch.Tensor]) -> Load:
-    return each(lambda m, _, t: m.p.data.copy_(view(t)))
-
 
 HEADS, DIM, HIDDEN = 4, 3, 5
 
@@ -73,7 +60,7 @@ VIEWS = {
 @pytest.mark.parametrize("name", VIEWS)
 def test_views_are_traced_to_what_the_loader_really_does(name):
     shape, view, target = VIEWS[name]
-    found = agree(bag(p=target), into_p(view), weights(w=shape))
+    found = agree(bag(p=target), into_p(view), weights_of(w=shape))
     assert found.copies
     assert not found.skipped
 
@@ -94,7 +81,7 @@ def test_fused_and_stacked_parameters_get_their_parts_at_their_offsets():
     parts = {"q": (8, 5), "k": (4, 5), "v": (4, 5), "gate": (6, 5), "up": (6, 5)}
     experts = {f"expert{i}": (7, 5) for i in range(3)}
     model = bag(qkv=(16, 5), gate_up=(12, 5), experts=(3, 5, 7))
-    found = agree(model, fused, weights(**parts, **experts))
+    found = agree(model, fused, weights_of(**parts, **experts))
     assert len(found.copies) == 8
 
 
@@ -104,18 +91,18 @@ def test_casts_are_recorded_by_the_last_dtype_alone(source, target):
         for _, t in tensors:
             module.p.data.copy_(t.to(F32).t())
 
-    agree(bag(target, p=(4, 6)), load, weights(source, w=(6, 4)))
+    agree(bag(target, p=(4, 6)), load, weights_of(source, w=(6, 4)))
 
 
 def test_a_second_lossy_cast_is_refused_with_the_dtype_to_publish():
     load = into_p(lambda t: t.to(BF16).float())
     with pytest.raises(TraceError, match=r"casts w through .*bfloat16") as error:
-        traced(bag(p=(4,)), load, weights(w=(4,)))
+        traced(bag(p=(4,)), load, weights_of(w=(4,)))
     assert "bfloat16" in error.value.hint
 
 
 def test_a_lossless_detour_is_no_second_cast():
-    agree(bag(BF16, p=(4,)), into_p(lambda t: t.to(F32).to(BF16)), weights(BF16, w=(4,)))
+    agree(bag(BF16, p=(4,)), into_p(lambda t: t.to(F32).to(BF16)), weights_of(BF16, w=(4,)))
 
 
 def test_scalars_are_copied_as_tensors_and_through_item():
@@ -129,7 +116,7 @@ def test_scalars_are_copied_as_tensors_and_through_item():
                 module.p.data[2:].fill_(t)
 
     model = bag(p=(4,))
-    found = agree(model, load, weights(a=(), b=(1,), c=()))
+    found = agree(model, load, weights_of(a=(), b=(1,), c=()))
     assert {c.tensor for c in found.copies} == {"a", "b", "c"}
 
 
@@ -148,7 +135,7 @@ def test_scalars_are_copied_as_tensors_and_through_item():
 def test_arithmetic_on_an_item_is_refused_and_names_the_tensor(use):
     load = each(lambda m, _, t: use(m, t.item()))
     with pytest.raises(TraceError, match="the_scale"):
-        traced(bag(p=(4,)), load, weights(the_scale=()))
+        traced(bag(p=(4,)), load, weights_of(the_scale=()))
 
 
 def test_an_item_of_a_computed_value_is_refused():
@@ -156,7 +143,7 @@ def test_an_item_of_a_computed_value_is_refused():
         traced(
             bag(p=(4,)),
             each(lambda m, _, t: m.p.data.fill_(t.max().item())),
-            weights(the_scale=(3,)),
+            weights_of(the_scale=(3,)),
         )
 
 
@@ -167,23 +154,23 @@ def test_deciding_by_an_integer_weight_is_refused():
                 module.p.data.zero_()
 
     with pytest.raises(TraceError, match="decides by the value of flag"):
-        traced(bag(p=(4,)), load, weights(torch.int64, flag=()))
+        traced(bag(p=(4,)), load, weights_of(torch.int64, flag=()))
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (5,), (4, 1), ()])
 def test_a_broadcasting_copy_has_stride_zero_and_is_right(shape):
-    agree(bag(p=(4, 5)), into_p(lambda t: t), weights(w=shape))
+    agree(bag(p=(4, 5)), into_p(lambda t: t), weights_of(w=shape))
 
 
 def test_a_copy_whose_shapes_do_not_fit_is_refused_as_torch_would():
     with pytest.raises(ManifestError, match=r"refuses w \(float32 \[8\]\)"):
-        traced(bag(p=(4,)), into_p(lambda t: t), weights(w=(8,)))
+        traced(bag(p=(4,)), into_p(lambda t: t), weights_of(w=(8,)))
 
 
 def test_writing_through_an_expanded_view_is_refused():
     load = each(lambda m, _, t: m.p.data.expand(3, 4).copy_(t))
     with pytest.raises(TraceError, match="expanded view from w"):
-        traced(bag(p=(4,)), load, weights(w=(3, 4)))
+        traced(bag(p=(4,)), load, weights_of(w=(3, 4)))
 
 
 def padded(module: nn.Module, tensors: Pairs) -> None:
@@ -193,7 +180,7 @@ def padded(module: nn.Module, tensors: Pairs) -> None:
 
 
 def test_padding_fills_are_reported_and_are_no_copies():
-    found = agree(bag(p=(8, 3)), padded, weights(w=(5, 3)))
+    found = agree(bag(p=(8, 3)), padded, weights_of(w=(5, 3)))
     assert [(name, r.offset, r.shape) for name, r in found.fills] == [("p", 15, (3, 3))]
 
 
@@ -202,7 +189,7 @@ def test_zeroing_first_and_copying_then_is_a_copy():
         module.p.data.zero_()
         by_name(module, tensors)
 
-    assert agree(bag(p=(4, 3)), load, weights(p=(4, 3))).fills
+    assert agree(bag(p=(4, 3)), load, weights_of(p=(4, 3))).fills
 
 
 def test_a_fill_over_loaded_weights_is_refused():
@@ -211,14 +198,14 @@ def test_a_fill_over_loaded_weights_is_refused():
         module.p.data[2:].fill_(1.0)
 
     with pytest.raises(TraceError, match="fills a part of p that it has loaded"):
-        traced(bag(p=(4, 3)), load, weights(p=(4, 3)))
+        traced(bag(p=(4, 3)), load, weights_of(p=(4, 3)))
 
 
 def test_tensors_that_the_loader_drops_are_listed():
     def load(module: nn.Module, tensors: Pairs) -> None:
         by_name(module, [(k, t) for k, t in tensors if "rotary" not in k])
 
-    found = agree(bag(p=(4,)), load, weights(rotary=(3,), p=(4,), other_rotary=()))
+    found = agree(bag(p=(4,)), load, weights_of(rotary=(3,), p=(4,), other_rotary=()))
     assert found.skipped == ("rotary", "other_rotary")
 
 
@@ -231,7 +218,7 @@ class Tied(nn.Module):
 
 
 def test_a_shared_parameter_has_one_name_and_the_last_write_wins():
-    found = agree(Tied, by_name, weights(**{"embed.weight": (6, 4), "head.weight": (6, 4)}))
+    found = agree(Tied, by_name, weights_of(**{"embed.weight": (6, 4), "head.weight": (6, 4)}))
     (copies,) = copies_by_tensor(found).values()
     assert [(c.tensor, c.param) for c in copies] == [("head.weight", "embed.weight")]
 
@@ -244,7 +231,7 @@ def test_the_last_write_wins_in_whatever_spelling_and_keeps_the_order():
             else:
                 (module.p.data if name == "a" else module.p.data.view(-1)).copy_(t)
 
-    found = agree(bag(p=(4, 3)), load, weights(a=(4, 3), b=(8,), c=(12,)))
+    found = agree(bag(p=(4, 3)), load, weights_of(a=(4, 3), b=(8,), c=(12,)))
     assert [c.tensor for c in copies_by_tensor(found)["p"]] == ["b", "c"]
 
 
@@ -255,171 +242,5 @@ def test_buffers_are_loaded_too():
         made.register_buffer("steps", torch.empty((), dtype=torch.int64))
         return made
 
-    given = weights(p=(3,), mean=(3,)) | {"steps": torch.tensor(7)}
+    given = weights_of(p=(3,), mean=(3,)) | {"steps": torch.tensor(7)}
     assert len(agree(model, by_name, given).copies) == 3
-
-
-def part_zeroed(t: torch.Tensor) -> torch.Tensor:
-    t[1:].zero_()
-    return t
-
-
-def part_overwritten(t: torch.Tensor) -> torch.Tensor:
-    t[1:].copy_(torch.zeros(4, device=t.device))
-    return t
-
-
-def listed(t: torch.Tensor) -> torch.Tensor:
-    made = torch.zeros_like(t)
-    torch._foreach_add_([made], [t])
-    return made
-
-
-ARITHMETIC = {
-    "negated exponent": (lambda t: -torch.exp(t), "exp"),
-    "scaled": (lambda t: t * 2, "mul"),
-    "product with itself": (lambda t: t @ t, "mm"),
-    "rolled": (lambda t: t.roll(1, 0), "roll"),
-    "gathered": (lambda t: t[torch.tensor([2, 0, 1, 3])], "index"),
-    "scaled in place": (lambda t: t.mul_(2), "mul_"),
-    "a part zeroed in place": (part_zeroed, "zero_"),
-    "a copy, a part of it zeroed": (lambda t: part_zeroed(t.clone()), "zero_"),
-    "a part overwritten": (part_overwritten, "copy_"),
-    "seen as integers": (lambda t: t.view(torch.int32).float(), "_to_copy"),
-    "summed into a temporary": (lambda t: torch.zeros(4, 4, device=t.device).add_(t), "add_"),
-    "a listed update": (listed, "_foreach_add_"),
-}
-
-
-@pytest.mark.parametrize("name", ARITHMETIC)
-def test_arithmetic_is_refused_and_names_tensor_and_operation(name):
-    compute, operation = ARITHMETIC[name]
-    with pytest.raises(TraceError, match=rf"writes p from .*A_log.*{operation}"):
-        traced(bag(p=(4, 4)), into_p(compute), weights(A_log=(4, 4)))
-
-
-@pytest.mark.parametrize("join", [torch.add, lambda a, b: torch.cat([a, b])[:4]])
-def test_joined_weights_are_refused_and_all_named(join):
-    def load(module: nn.Module, tensors: Pairs) -> None:
-        (_, a), (_, b) = tensors
-        module.p.data.copy_(join(a, b))
-
-    with pytest.raises(TraceError, match=r"first, second through aten\.(add|cat)"):
-        traced(bag(p=(4,)), load, weights(first=(4,), second=(4,)))
-
-
-@pytest.mark.parametrize(
-    "update",
-    [
-        lambda p, t: p.add_(t),
-        lambda p, t: p.mul_(2),
-        lambda p, t: p.index_copy_(0, torch.tensor([3, 2, 1, 0]), t),
-        lambda p, t: p.__setitem__(torch.tensor([3, 2, 1, 0]), t),
-        lambda p, t: torch.add(p, t, out=p),
-        lambda p, t: torch._foreach_copy_([p], [t]),
-        lambda p, t: p.uniform_(),
-    ],
-)
-def test_updates_of_a_parameter_that_are_no_copy_are_refused(update):
-    load = each(lambda m, _, t: update(m.p.data, t))
-    with pytest.raises(TraceError, match="changes p in place with aten"):
-        traced(bag(p=(4,)), load, weights(w=(4,)))
-
-
-@pytest.mark.parametrize(
-    "replace",
-    [
-        lambda m, t: setattr(m.p, "data", t),
-        lambda m, t: setattr(m, "p", nn.Parameter(t, requires_grad=False)),
-        lambda m, t: setattr(m, "b", t),
-        lambda m, t: m.register_buffer("new", t),
-        lambda m, t: delattr(m, "p"),
-    ],
-)
-def test_putting_another_tensor_in_place_is_refused(replace):
-    def model() -> nn.Module:
-        made = Bag(p=torch.empty(4))
-        made.register_buffer("b", torch.empty(4))
-        return made
-
-    with pytest.raises(TraceError, match=r"in place of (p|b|new)"):
-        traced(model, each(lambda m, _, t: replace(m, t)), weights(w=(4,)))
-
-
-@pytest.mark.parametrize("keep", [lambda t: t, lambda t: {"w": t * 2}, lambda t: [t.float()]])
-def test_a_weight_kept_outside_of_parameters_is_refused(keep):
-    load = each(lambda m, _, t: setattr(m, "cache", keep(t)))
-    with pytest.raises(TraceError, match=r"keeps w in the model\.cache"):
-        traced(bag(p=(4,)), load, weights(w=(4,)))
-
-
-def test_a_temporary_that_is_filled_whole_is_a_copy():
-    def through(t: torch.Tensor) -> torch.Tensor:
-        made = torch.zeros(6, 4, device=t.device)
-        made.copy_(t.t())
-        return made.view(8, 3)
-
-    agree(bag(p=(8, 3)), into_p(through), weights(w=(4, 6)))
-
-
-def test_a_temporary_that_is_filled_in_part_is_refused():
-    def through(t: torch.Tensor) -> torch.Tensor:
-        made = torch.zeros(8, device=t.device)
-        made[:4].copy_(t)
-        return made
-
-    with pytest.raises(TraceError, match="w through copy_ into a part of a temporary"):
-        traced(bag(p=(8,)), into_p(through), weights(w=(4,)))
-
-
-def test_a_loaders_own_tables_are_really_filled():
-    def load(module: nn.Module, tensors: Pairs) -> None:
-        order = torch.zeros(2, dtype=torch.int64)
-        order.copy_(torch.tensor([1, 0]))
-        for (_, t), k in zip(tensors, order.tolist(), strict=True):
-            module.p.data[k].copy_(t)
-
-    agree(bag(p=(2, 3)), load, weights(a=(3,), b=(3,)))
-
-
-def test_a_view_as_another_dtype_is_refused_on_either_side():
-    both = each(lambda m, _, t: m.p.data.view(torch.int16).copy_(t.view(torch.int16)))
-    with pytest.raises(TraceError, match="a view of w"):
-        traced(bag(p=(4,)), both, weights(w=(4,)))
-
-
-def test_copying_one_parameter_to_another_is_refused():
-    def load(module: nn.Module, tensors: Pairs) -> None:
-        for _, t in tensors:
-            module.a.data.copy_(t)
-            module.b.data.copy_(module.a.data)
-
-    with pytest.raises(TraceError, match="writes b from the parameter a"):
-        traced(bag(a=(4,), b=(4,)), load, weights(w=(4,)))
-
-
-def test_an_unknown_name_is_a_manifest_error_that_names_it():
-    with pytest.raises(
-        ManifestError, match=r"refuses lm_tail \(float32 \[3\]\): KeyError"
-    ) as error:
-        traced(bag(p=(4,)), by_name, weights(p=(4,), lm_tail=(3,), q=(3,)))
-    assert error.value.context["tensor"] == "lm_tail"
-
-
-def test_a_wrong_shape_is_a_manifest_error_that_names_it():
-    with pytest.raises(ManifestError, match=r"refuses p .*shape of p"):
-        traced(bag(p=(4,)), by_name, weights(p=(5,)))
-
-
-def test_a_loader_that_collects_first_still_gets_the_right_tensor_blamed():
-    def load(module: nn.Module, tensors: Pairs) -> None:
-        by_name(module, dict(tensors).items())
-
-    with pytest.raises(ManifestError, match="refuses bad "):
-        traced(bag(p=(4,)), load, weights(bad=(4,), p=(4,)))
-
-
-def test_a_name_twice_is_a_manifest_error():
-    spec = TensorSpec("w", "float32", (4,))
-    with pytest.raises(ManifestError, match="twice"):
-        Manifest.of([spec, spec])

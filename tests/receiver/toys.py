@@ -36,6 +36,9 @@ Pairs = Iterable[tuple[str, torch.Tensor]]
 Load = Callable[[nn.Module, Pairs], None]
 
 
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
 class Bag(nn.Module):
     """A module whose parameters are named by the test."""
 
@@ -57,6 +60,26 @@ def random_like(dtype: torch.dtype, *shape: int, seed: int = 0) -> torch.Tensor:
     if dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(dtype)
     return torch.randint(0, 100, shape, generator=generator).to(dtype)
+
+
+def bag(dtype: torch.dtype = F32, **shapes: tuple[int, ...]) -> Callable[[], nn.Module]:
+    return lambda: Bag(**{k: torch.empty(v, dtype=dtype) for k, v in shapes.items()})
+
+
+def weights_of(dtype: torch.dtype = F32, **shapes: tuple[int, ...]) -> Weights:
+    return {k: random_like(dtype, *v, seed=i) for i, (k, v) in enumerate(shapes.items())}
+
+
+def each(one: Callable[[nn.Module, str, torch.Tensor], None]) -> Load:
+    def load(module: nn.Module, tensors: Pairs) -> None:
+        for name, t in tensors:
+            one(module, name, t)
+
+    return load
+
+
+def into_p(view: Callable[[torch.Tensor], torch.Tensor]) -> Load:
+    return each(lambda m, _, t: m.p.data.copy_(view(t)))
 
 
 def traced(model: Callable[[], nn.Module], load: Load, weights: Weights) -> Trace:

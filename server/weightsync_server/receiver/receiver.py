@@ -314,8 +314,8 @@ class Receiver:
 
     def abort(self, body: AbortBody) -> AbortReply:
         """Give a push up.  ``dirty`` stays until a whole push: writes may have landed."""
-        if self._epoch is not None and self._epoch.pushing:
-            logger.warning("push %s of version %d is aborted", body.push_id, self._epoch.pushing)
+        if self._epoch is not None and (push := self._epoch.pushing) is not None:
+            logger.warning("push %s of version %d is aborted", push.push_id, push.version)
             # a late write of this epoch must find nothing that a later push trusts (WS-8)
             self.close()
         return AbortReply(self.dirty, self.version)
