@@ -15,6 +15,7 @@ from typing import Any
 from weightsync.errors import (
     EngineError,
     InputError,
+    ManifestError,
     RefusedError,
     TraceError,
     WeightSyncError,
@@ -34,6 +35,8 @@ from weightsync_client.demo.stack import Stack, context_tokens, shared_environ
 from weightsync_client.demo.view import PlainView, View
 from weightsync_client.report import human_bytes
 
+#: what says that the engine cannot take such weights: nothing of it has changed then
+REFUSALS = (RefusedError, TraceError, ManifestError)
 _TRAFFIC_END_S = 60.0
 
 
@@ -107,8 +110,8 @@ class _Demo:
         first.start(folder / "v0", context)
         try:
             self._note_engine(first.wait_ready())
-        except (RefusedError, TraceError) as error:
-            # no agent lets a trainer in: the engine itself is asked what it serves
+        except REFUSALS as error:
+            # the engine's own checkpoint is too much for it: no agent lets a trainer in
             self._refused(error, old_weights_served=bool(first.answers(prompts)))
             return
         view.done(self._engine_line())
@@ -123,7 +126,7 @@ class _Demo:
                     answers.append(first.answers(prompts))
                     view.answered(version, answers[-1][0])
                 traffic.stop(min(_TRAFFIC_END_S, self._deadline.left_s("the last completions")))
-        except (RefusedError, TraceError) as error:
+        except REFUSALS as error:
             with contextlib.suppress(EngineError):
                 traffic.stop(_TRAFFIC_END_S)
             same = first.answers(prompts) == answers[0] and first.is_ready()

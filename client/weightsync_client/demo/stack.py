@@ -14,6 +14,7 @@ import httpx
 from weightsync.errors import (
     DeadlineError,
     EngineError,
+    ManifestError,
     RefusedError,
     TraceError,
     WeightSyncError,
@@ -26,8 +27,8 @@ from weightsync_client.demo.processes import Deadline, Process, Processes, end_a
 _POLL_S = 0.1
 _CALL_S = 120.0
 _LOCAL = "http://127.0.0.1"
-# no engine loads what these stand for, however often one asks
-_HOPELESS = {TraceError.code, RefusedError.code, "manifest_mismatch", "layout_error"}
+# asking again changes nothing about these
+_HOPELESS = {TraceError.code, RefusedError.code, ManifestError.code}
 
 
 def shared_environ(environ: Mapping[str, str]) -> dict[str, str]:
@@ -123,7 +124,8 @@ class Stack:
 
         Raises:
             EngineError: A process ended.
-            RefusedError: The engine's loader does what no layout expresses.
+            RefusedError, TraceError, ManifestError: The engine cannot be attached to with the
+                checkpoint that it serves.
             DeadlineError: The demo is out of time.
         """
         with self._http(self.agent_url) as http:

@@ -182,10 +182,8 @@ class TerminalView:
             table.add_row(mark, Text(text, "" if holds else "red"))
         good = all(holds for _, holds in checks)
         took = human_seconds(time.monotonic() - self._start)
-        title = (
-            f"[bold {'green' if good else 'red'}]{'proven' if good else 'not equal'}[/] · {took}"
-        )
-        style = "green" if good else "red"
+        style, verdict = ("green", "proven") if good else ("red", "not proven")
+        title = f"[bold {style}]{verdict}[/] · {took}"
         self._console.print(Panel(table, title=title, border_style=style, expand=False))
 
     def close(self) -> None:

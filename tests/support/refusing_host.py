@@ -1,0 +1,22 @@
+"""The torch engine, but finishing a load changes lm_head: what serves is not what finishing makes.
+
+No such tensor can be proven, so the receiver has to refuse it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+from weightsync_server.engines import torch_engine, torch_host
+
+
+def finish(self, module: nn.Module) -> None:
+    if isinstance(module, nn.Linear) and module.out_features > module.in_features:
+        module.weight.data.mul_(2)
+
+
+if __name__ == "__main__":
+    torch_engine.TorchAdapter.finish = finish
+    sys.exit(torch_host.main())
