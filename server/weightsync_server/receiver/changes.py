@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 
-from weightsync_server.receiver.kernel import key_of, own_tensors, reachable, same_data
+from weightsync_server.receiver.kernel import fingerprint, key_of, own_tensors, reachable, same_form
 
 #: types of plain values
 SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -60,12 +60,13 @@ def apart(t: torch.Tensor) -> torch.Tensor:
 class Before:
     """A loaded copy as it was before post-processing; it keeps what it remembers alive."""
 
-    def __init__(self, loaded: nn.Module, given: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, loaded: nn.Module, *, unwatched: Collection[str]) -> None:
         self._own = own_tensors(loaded)
         self._plain = attributes(loaded)
-        # finishing may write to these copies: what they were is kept apart
-        self._was = {n: given[n] if n in given else apart(t) for n, t in self._own.items()}
-        self._was_plain = {k: apart(v) for k, v in self._plain.items() if _is_data(v)}
+        # finishing may write to them in place, so what they were is kept: not as copies, since
+        # an engine that serves has little memory left
+        self._was = {n: fingerprint(t) for n, t in self._own.items() if n not in unwatched}
+        self._was_plain = {k: fingerprint(v) for k, v in self._plain.items() if _is_data(v)}
         self._below = _below(loaded)
         self._inside = _inside(loaded)
         self._method = dict(vars(getattr(loaded, "quant_method", None) or _NOTHING))
@@ -76,10 +77,7 @@ class Before:
         params = {
             name
             for name in self._own.keys() | own.keys()
-            if name not in self._own
-            or name not in own
-            or (own[name].is_meta and own[name] is not self._own[name])
-            or (not own[name].is_meta and not same_data(self._was[name], own[name]))
+            if name not in self._own or name not in own or self._rewritten(name, own[name])
         }
         fresh = {k: v for k, v in plain.items() if k not in self._plain or self._set(k, v)}
         fresh.pop("quant_method", None)
@@ -112,8 +110,13 @@ class Before:
     def _set(self, key: str, value: object) -> bool:
         if self._plain[key] is not value:
             return True
-        was = self._was_plain.get(key)
-        return isinstance(value, torch.Tensor) and was is not None and not same_data(was, value)
+        return _is_data(value) and fingerprint(value) != self._was_plain[key]
+
+    def _rewritten(self, name: str, now: torch.Tensor) -> bool:
+        old = self._own[name]
+        if name in self._was:
+            return fingerprint(now) != self._was[name]
+        return now is not old and (now.data_ptr() != old.data_ptr() or not same_form(now, old))
 
 
 class _Nothing:
@@ -123,7 +126,7 @@ class _Nothing:
 _NOTHING = _Nothing()
 
 
-def _is_data(value: object) -> bool:
+def _is_data(value: object) -> TypeGuard[torch.Tensor]:
     return isinstance(value, torch.Tensor) and not value.is_meta
 
 

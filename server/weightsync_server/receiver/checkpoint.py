@@ -52,11 +52,21 @@ class Checkpoint:
             ) from error
 
     def manifest(self) -> Manifest:
-        """Names, dtypes and shapes, in the order of the files."""
+        """Names, dtypes and shapes, in the order of the files.
+
+        Raises:
+            EngineError: A tensor has a dtype that weightsync does not know.
+        """
         specs = []
         for name, handle in self._where.items():
             part = handle.get_slice(name)
-            specs.append(TensorSpec(name, _DTYPES[part.get_dtype()], tuple(part.get_shape())))
+            dtype = _DTYPES.get(part.get_dtype())
+            if dtype is None:
+                raise EngineError(
+                    f"{name} in {self.folder} is {part.get_dtype()}, which weightsync cannot move",
+                    hint=f"it moves {', '.join(_DTYPES)}",
+                )
+            specs.append(TensorSpec(name, dtype, tuple(part.get_shape())))
         return Manifest.of(specs)
 
     def flat(self, name: str) -> torch.Tensor:

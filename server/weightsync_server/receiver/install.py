@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from weightsync.errors import LayoutError
 from weightsync_server.engines.base import EngineAdapter
 from weightsync_server.receiver.changes import SCALARS, SLOTS, Before, Changes, apart, attributes
 from weightsync_server.receiver.kernel import key_of, own_tensors, same_form
+
+#: what becomes of the tensors that a finished copy is made of
+Given = Literal["copy", "share", "away"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def finished_copy(
     tensors: Mapping[str, torch.Tensor],
     live: nn.Module,
     *,
-    share: bool = False,
+    given: Given = "copy",
 ) -> Finished:
     """A loaded copy after the engine's post-processing, and what that changed.
 
@@ -110,13 +113,15 @@ def finished_copy(
         twin: The module in load format, never finished; it stays so.
         tensors: Its parameters in load format, by the module's own names.
         live: The module that serves.
-        share: Let the copy keep ``tensors`` themselves (live memory that finishing is known to
-            leave alone).  Otherwise it gets copies: what finishing does to them, or refers to,
-            must not be there when the next push writes to ``tensors`` (WS-1).
+        given: ``copy``: the copy gets copies of ``tensors``: what finishing does to them, or
+            refers to, must not be there when the next push writes to ``tensors`` (WS-1).
+            ``share``: it keeps ``tensors``, live memory that finishing is known to leave alone.
+            ``away``: ``tensors`` are nobody else's; finishing may write to them, and only here
+            such writes are looked for.
     """
-    given = tensors if share else {name: t.clone() for name, t in tensors.items()}
-    loaded = loaded_copy(twin, given, live)
-    before = Before(loaded, tensors)
+    own = {name: t.clone() for name, t in tensors.items()} if given == "copy" else tensors
+    loaded = loaded_copy(twin, own, live)
+    before = Before(loaded, unwatched=() if given == "away" else tensors.keys())
     finished: nn.Module = _shallow(loaded)
     method = getattr(loaded, "quant_method", None)
     if method is not None:

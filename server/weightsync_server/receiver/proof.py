@@ -23,7 +23,7 @@ from torch import nn
 from weightsync.errors import LayoutError
 from weightsync_server.engines.base import EngineAdapter
 from weightsync_server.receiver.changes import same_changes
-from weightsync_server.receiver.install import Finished, finished_copy, obstacle, varying
+from weightsync_server.receiver.install import Finished, Given, finished_copy, obstacle, varying
 from weightsync_server.receiver.kernel import (
     key_of,
     own_tensors,
@@ -91,9 +91,11 @@ class Prover:
         return torch.zeros(like.shape, dtype=like.dtype, device=self.adapter.device)
 
     def finished(
-        self, unit: Unit, tensors: Mapping[str, torch.Tensor], *, share: bool = False
+        self, unit: Unit, tensors: Mapping[str, torch.Tensor], given: Given
     ) -> tuple[Finished, nn.Module]:
         """A finished copy and the live module; ``tensors`` by kernel tensor.
+
+        What ``given`` means, :func:`finished_copy` tells.
 
         Raises:
             LayoutError: The engine's post-processing failed.
@@ -103,7 +105,7 @@ class Prover:
         own = {leaf: tensors[name] for leaf, name in unit.params.items()}
         try:
             with torch.no_grad():
-                made = finished_copy(self.adapter, twin, own, live, share=share)
+                made = finished_copy(self.adapter, twin, own, live, given=given)
                 return made.with_values(live, unit.varying), live
         except Exception as error:
             raise LayoutError(
@@ -142,8 +144,8 @@ class Prover:
             names = unit.params.values()
             try:
                 # and its negative: what comes out the same of both does not depend on the weights
-                first, live = self.finished(unit, self._probes(unit, negative=False))
-                other, _ = self.finished(unit, self._probes(unit, negative=True))
+                first, live = self.finished(unit, self._probes(unit, negative=False), "away")
+                other, _ = self.finished(unit, self._probes(unit, negative=True), "away")
                 unit.varying = varying(first, other)
                 made = first.with_values(live, unit.varying)
                 changed = made.changes
@@ -233,85 +235,57 @@ class Prover:
         full: bool,
     ) -> None:
         """Post-process a copy loaded from ``source``; refuse unless that is what serves now."""
-        tensors = {}
-        for name in unit.params.values():
-            tensors[name] = self.empty(name)
-            replay(copies[name], source, tensors[name])
+        tensors, columns = {}, {}
+        for leaf, name in unit.params.items():
+            t = tensors[name] = self.empty(name)
+            replay(copies[name], source, t)
+            if t.ndim == 2:
+                k = t.shape[1]
+                count = k if full else min(k, _READ_BACK_COLUMNS)
+                which = torch.linspace(0, k - 1, count, device=t.device).long()
+                columns[leaf] = (which, t[:, which])
         try:
-            made, live = self.finished(unit, tensors)
+            made, live = self.finished(unit, tensors, "away")
         except LayoutError as error:
             reason = error.message
         else:
             reason = obstacle(live, made, replaceable=self.adapter.replaceable)
-            reason = reason or self._differs(unit, made, live, tensors, full=full)
+            reason = reason or _differs(unit, made, live)
+            reason = reason or self._reads_back(unit, made, live, columns)
         if reason:
             proofs.refusals.update(
                 dict.fromkeys(unit.params.values(), f"{unit.path or 'the model'}: {reason}")
             )
-
-    def _differs(
-        self,
-        unit: Unit,
-        made: Finished,
-        live: nn.Module,
-        tensors: Mapping[str, torch.Tensor],
-        *,
-        full: bool,
-    ) -> str:
-        """What a finished copy has other than the live module; empty if nothing."""
-        ours, theirs, changed = made.module, live, made.changes
-        pairs = [
-            (leaf, own_tensors(ours).get(leaf), own_tensors(theirs).get(leaf))
-            for leaf in sorted({*unit.params, *changed.params})
-        ] + [(k, ours.__dict__.get(k), theirs.__dict__.get(k)) for k in sorted(changed.tensors)]
-        for name, a, b in pairs:
-            if a is None and b is None:
-                continue
-            if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)) or not (
-                same_bytes(a, b)
-            ):
-                return f"post-processing a fresh load makes another {name} than the engine serves"
-        if changed.values:
-            return (
-                f"post-processing a fresh load sets another {', '.join(sorted(changed.values))} "
-                "than the engine serves with"
-            )
-        return self._reads_back(unit, made, live, tensors, full=full)
 
     def _reads_back(
         self,
         unit: Unit,
         made: Finished,
         live: nn.Module,
-        tensors: Mapping[str, torch.Tensor],
-        *,
-        full: bool,
+        columns: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
     ) -> str:
         """What opaque kernels compute with, where it is not the checkpoint; empty if nothing."""
         read = False
         for leaf, name in unit.params.items():
-            served = own_tensors(live).get(leaf)
-            emptied = (served is None or not served.numel()) and tensors[name].numel() > 0
-            if not (made.changes.objects or emptied):
-                continue
+            like, served = self.load_format(name), own_tensors(live).get(leaf)
+            emptied = like.numel() > 0 and (served is None or not served.numel())
             unreadable = f"{leaf} is emptied by post-processing and cannot be read back"
-            if tensors[name].ndim != 2:
+            if leaf not in columns:
                 if emptied:
                     return unreadable
                 continue
-            k = tensors[name].shape[1]
-            count = k if full else min(k, _READ_BACK_COLUMNS)
-            columns = torch.linspace(0, k - 1, count, device=self.adapter.device).long()
-            want = tensors[name][:, columns]
-            for which, module in (("the engine", live), ("a fresh load", made.module)):
-                got = self.adapter.read_back(module, leaf, columns, k)
+            if not (made.changes.objects or emptied):
+                continue
+            which, want = columns[leaf]
+            for who, module in (("the engine", live), ("a fresh load", made.module)):
+                got = self.adapter.read_back(module, leaf, which, like.shape[1])
                 if got is None:
                     if emptied:
                         return unreadable
                     continue
                 read = True
                 if not torch.equal(got, want):
-                    return f"{which} computes with another {leaf} than its checkpoint holds"
+                    return f"{who} computes with another {leaf} than its checkpoint holds"
         return "" if read else _objects_differ(made, live)
 
     def _refuse_shared(self, proofs: Proofs) -> None:
@@ -332,6 +306,26 @@ class Prover:
                 proofs.refusals.update({name: reason, owner: reason})
             if stop > reach:
                 reach, owner = stop, name
+
+
+def _differs(unit: Unit, made: Finished, live: nn.Module) -> str:
+    """What a finished copy has other than the live module; empty if nothing."""
+    ours, changed = made.module, made.changes
+    pairs = [
+        (leaf, own_tensors(ours).get(leaf), own_tensors(live).get(leaf))
+        for leaf in sorted({*unit.params, *changed.params})
+    ] + [(k, ours.__dict__.get(k), live.__dict__.get(k)) for k in sorted(changed.tensors)]
+    for name, a, b in pairs:
+        if a is None and b is None:
+            continue
+        if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and same_bytes(a, b)):
+            return f"post-processing a fresh load makes another {name} than the engine serves"
+    if changed.values:
+        return (
+            f"post-processing a fresh load sets another {', '.join(sorted(changed.values))} "
+            "than the engine serves with"
+        )
+    return ""
 
 
 def _objects_differ(made: Finished, live: nn.Module) -> str:

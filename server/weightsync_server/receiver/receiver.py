@@ -35,7 +35,7 @@ from weightsync.worker_messages import (
 from weightsync_server.engines.base import EngineAdapter
 from weightsync_server.receiver.checkpoint import Checkpoint
 from weightsync_server.receiver.epoch import Epoch
-from weightsync_server.receiver.install import materialise, transplant
+from weightsync_server.receiver.install import Given, materialise, transplant
 from weightsync_server.receiver.kernel import Identity, check_identities, same_bytes, tensor_at
 from weightsync_server.receiver.oracle import checksums
 from weightsync_server.receiver.proof import Prover
@@ -280,8 +280,8 @@ class Receiver:
         for unit in proofs.units:
             if unit.kind != "direct":
                 # renewed: finishing leaves the live memory alone, and may go on referring to it
-                share = unit.kind == "renewed"
-                made, live = self._prover.finished(unit, target.memory, share=share)
+                given: Given = "share" if unit.kind == "renewed" else "copy"
+                made, live = self._prover.finished(unit, target.memory, given)
                 transplant(live, made, replaceable=self.adapter.replaceable)
 
     def _first_install(self, epoch: Epoch) -> None:
