@@ -27,7 +27,8 @@ WeightSyncError                     the root; never raised itself
 ├── VerifyError                     the bytes arrived, and they are not the right ones
 ├── DeadlineError                   a wait ran out of time
 ├── EngineError                     the engine answered with an error or not at all
-└── AgentUnreachableError           the agent does not answer HTTP
+├── AgentUnreachableError           the agent does not answer HTTP
+└── RankFailedError                 another rank of the training job failed or is gone
 
 Each class has a stable ``code`` (docs/protocol.md lists them) and the HTTP ``status`` that the
 agent answers with.  ``hint`` says what to do next.  ``context`` holds what a program may want.
@@ -249,6 +250,12 @@ class AgentUnreachableError(WeightSyncError):
 
     code = "agent_unreachable"
     status = 503
+
+
+class RankFailedError(WeightSyncError):
+    """Another rank of the training job failed or is gone."""
+
+    code = "rank_failed"
 
 
 def all_errors(root: type[WeightSyncError] = WeightSyncError) -> Iterator[type[WeightSyncError]]:

@@ -1,5 +1,6 @@
 """The trainer's side of weightsync: ``Publisher(agents).push(model)``."""
 
+from weightsync_client.held import LocalShard
 from weightsync_client.publisher import Publisher
 from weightsync_client.report import AgentOutcome, PushReport
 from weightsync_client.settings import Deadlines
@@ -8,6 +9,7 @@ from weightsync_client.source import ModuleSource, StateDictSource, WeightSource
 __all__ = [
     "AgentOutcome",
     "Deadlines",
+    "LocalShard",
     "ModuleSource",
     "Publisher",
     "PushReport",

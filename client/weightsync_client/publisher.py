@@ -5,12 +5,11 @@ from __future__ import annotations
 import ssl
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
-import torch
-from torch import nn
+import torch.distributed as dist
 
 from weightsync.errors import InputError, NoSessionError, PushInProgressError, StaleEpochError
 from weightsync.protocol import PauseMode
@@ -18,11 +17,11 @@ from weightsync.transport.base import Transport
 from weightsync_client.control import Fleet
 from weightsync_client.progress import Progress, ProgressKind, make_progress
 from weightsync_client.push import Open, Push, PushSettings, fleet_status
+from weightsync_client.ranks import make_ranks
+from weightsync_client.rendezvous import Pushed
 from weightsync_client.report import PushReport
 from weightsync_client.settings import Deadlines, token_from_env
-from weightsync_client.source import WeightSource, as_source
-
-Weights = nn.Module | Mapping[str, torch.Tensor] | WeightSource
+from weightsync_client.source import Weights
 
 
 class Publisher:
@@ -30,6 +29,10 @@ class Publisher:
 
     It connects at the first push.  A context manager; one that is not closed is closed at exit.
     One thread pushes at a time.
+
+    In a distributed job every rank makes one, with the same arguments, and every rank calls
+    :meth:`push` with what it has; the bytes go from each rank straight to the engines, and rank 0
+    alone speaks to the agents.  Where one rank fails, all ranks raise the same error.
 
     Args:
         agents: ``http://host:port`` of each agent.
@@ -44,9 +47,12 @@ class Publisher:
             own :class:`weightsync_client.progress.Progress`.
         ignore: Shell patterns of tensors that an engine may have no use for.
         verify: True, or the TLS context to check ``https`` agents with.
+        group: The ranks that push together: the default process group if there is one, another
+            group of any backend, or None: this process alone.
 
     Raises:
         InputError: An address, or anything else here, is wrong.
+        RankFailedError: Not all ranks of the group made a Publisher.
     """
 
     def __init__(
@@ -61,22 +67,29 @@ class Publisher:
         progress: ProgressKind | Progress = "auto",
         ignore: Sequence[str] = (),
         verify: ssl.SSLContext | bool = True,
+        group: dist.ProcessGroup | Literal["default"] | None = "default",
     ) -> None:
         if transport != "nixl" and not callable(transport):
             raise InputError(
                 f"unknown transport {transport!r}", hint='"nixl", or a function that makes one'
             )
         deadlines = Deadlines() if deadlines is None else deadlines
+        fleet = Fleet(
+            agents,
+            token=token_from_env() if token is None else token,
+            deadlines=deadlines,
+            verify=verify,
+        )
+        ranks = make_ranks(group, apart_s=deadlines.ranks_s)
         self._settings = PushSettings(
             make_transport=_make_nixl if transport == "nixl" else transport,
             check_finite=check_finite,
             pause_mode=pause_mode,
             deadlines=deadlines,
             ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
-            progress=make_progress(progress),
+            progress=make_progress(progress if ranks.rank == 0 else "off"),
         )
-        token = token_from_env() if token is None else token
-        self._held = Open(Fleet(agents, token=token, deadlines=deadlines, verify=verify))
+        self._held = Open(fleet, ranks)
         self._one_push = threading.Lock()
         # Also at exit: the transport must let go of the memory before the interpreter does (WS-9).
         self._close = weakref.finalize(self, self._held.close)
@@ -88,12 +101,14 @@ class Publisher:
         the commit.  Nothing may change the weights until this returns.
 
         Args:
-            model: A module, a mapping of checkpoint names to tensors, or a source of your own.
+            model: A module, plain or sharded (FSDP2, HSDP, tensor or expert parallel); checkpoint
+                names and tensors as a mapping or as pairs; or a source of your own.
             version: Must be newer than every engine's; default: the next.
 
         Raises:
             NonFiniteError, ManifestError: The weights are wrong; nothing was sent.
             EnginePausedError: An engine was paused by hand; nothing was sent.
+            RankFailedError: Another rank failed, is late, or is gone.
             WeightSyncError: Anything else.  ``context`` has ``phase``, ``version``, ``push_id``,
                 ``elapsed_s`` and ``agents`` (what became of each), the notes say it to a person.
                 Every agent was told to abort, as it was at a KeyboardInterrupt.
@@ -105,17 +120,17 @@ class Publisher:
                 "this publisher is in the middle of another push", hint="push from one thread"
             )
         try:
-            source = as_source(model)
-            manifest = source.manifest()
-            push = Push(self._held, self._settings, source, manifest, version)
+            pushed = Pushed(model)
+            push = Push(self._held, self._settings, pushed, version)
             try:
                 return push.run()
             except (StaleEpochError, NoSessionError):
                 # Between our look at the status and begin, the engine was restarted or another
-                # publisher came.  Once more, from the rendezvous on (WS-8).
+                # publisher came.  Once more, from the rendezvous on (WS-8); all ranks got this
+                # error at the same step, so all of them do.
                 if not push.wrote_nothing:
                     raise
-                return Push(self._held, self._settings, source, manifest, version).run()
+                return Push(self._held, self._settings, pushed, version).run()
         finally:
             self._one_push.release()
 

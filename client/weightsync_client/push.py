@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from weightsync.errors import StaleVersionError, WeightSyncError
-from weightsync.manifest import Manifest
-from weightsync.protocol import PauseMode
+from weightsync.errors import InputError, NoSessionError, StaleVersionError, WeightSyncError
+from weightsync.protocol import PauseMode, RankDigests
 from weightsync.transport.base import Transport
 from weightsync_client.control import Fleet
 from weightsync_client.progress import Progress
-from weightsync_client.report import PHASES, AgentOutcome, PushReport
-from weightsync_client.session import Session, open_session
+from weightsync_client.ranks import Ranks
+from weightsync_client.rendezvous import Pushed, open_session
+from weightsync_client.report import PHASES, PushReport
+from weightsync_client.session import Session
 from weightsync_client.settings import Deadlines
-from weightsync_client.source import WeightSource
 from weightsync_client.transaction import Transaction, describe
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +41,14 @@ class Open:
 
     Attributes:
         fleet: The connections.
+        ranks: The ranks that push together.
         session: The last rendezvous, while it may be used.
         last_version: The last version that a begin was sent for: it is not used again (WS-2).
     """
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, ranks: Ranks) -> None:
         self.fleet = fleet
+        self.ranks = ranks
         self.session: Session | None = None
         self.last_version = 0
 
@@ -59,45 +63,54 @@ class Open:
         try:
             self.end_session()
         finally:
+            self.ranks.close()
             self.fleet.close()
 
 
+@dataclass(frozen=True)
+class _Hello:
+    """What a rank comes with: the session that it could use again, and the version it was told."""
+
+    session: str
+    wanted: int | None
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a push starts with; ``fresh``: a new rendezvous comes first."""
+
+    version: int
+    push_id: str
+    fresh: bool
+
+
 class Push:
-    """One try at one push.
+    """One try at one push, on one rank.  What speaks to agents runs on rank 0 alone.
 
     Args:
         held: Taken over from the last push, and left to the next one.
         settings: The publisher's.
-        source: The weights.
-        manifest: Of that source.
+        pushed: The weights.
         version: None: the next.
     """
 
     def __init__(
-        self,
-        held: Open,
-        settings: PushSettings,
-        source: WeightSource,
-        manifest: Manifest,
-        version: int | None,
+        self, held: Open, settings: PushSettings, pushed: Pushed, version: int | None
     ) -> None:
         self._held = held
         self._settings = settings
-        self._source = source
-        self._manifest = manifest
+        self._pushed = pushed
         self._wanted = version
         self._version = 0 if version is None else version
         self._push_id = f"p-{uuid.uuid4().hex}"
-        self._phase = "status"
+        self._phase = ""
+        self._phase_started = 0.0
         self._seconds = dict.fromkeys(PHASES, 0.0)
-        self._nbytes = 0
+        self._paused_at = 0.0
         self._transaction: Transaction | None = None
+        self._undone = False
+        self.wrote_nothing = True
         self._started = time.perf_counter()
-
-    @property
-    def wrote_nothing(self) -> bool:
-        """Whether it ended before the first write."""
-        return self._phase not in {"write", "commit", "resume"}
 
     def run(self) -> PushReport:
         """All phases in order; on any failure the way back, then the error itself.
@@ -105,73 +118,136 @@ class Push:
         Raises:
             WeightSyncError: See :meth:`weightsync_client.publisher.Publisher.push`.
         """
+        held, settings, deadlines = self._held, self._settings, self._settings.deadlines
         try:
-            paused_s, agents = self._run()
+            start = self._meet(
+                "status", self._hello, self._start, kind=_Hello, result=_Start,
+                decide_s=deadlines.status_s + deadlines.grace_s,
+            )  # fmt: skip
+            self._version, self._push_id = start.version, start.push_id
+            if start.fresh:
+                self._enter("rendezvous")
+                held.end_session()
+                held.session = open_session(
+                    held.fleet,
+                    held.ranks,
+                    self._pushed,
+                    make_transport=settings.make_transport,
+                    deadlines=deadlines,
+                    ignore=settings.ignore,
+                    undo=self._undo,
+                )
+            session = held.session
+            if session is None:
+                raise NoSessionError("the session ended", hint="push again")
+            self._enter("fill")
+            self._meet(
+                "fill",
+                lambda: session.fill(self._pushed.source, check_finite=settings.check_finite),
+                lambda digests: self._pause_and_begin(session, digests),
+                kind=list[list[str]], result=None,
+                work_s=deadlines.for_bytes(deadlines.write_s, session.nbytes),
+                decide_s=deadlines.pause_s + deadlines.begin_s + 2 * deadlines.grace_s,
+            )  # fmt: skip
+            held.last_version = self._version
+            # From here on another rank may have written, whatever becomes of this one.
+            self.wrote_nothing = False
+            write_s = deadlines.for_bytes(deadlines.write_s, session.nbytes)
+            commit_s = deadlines.for_bytes(deadlines.commit_s, session.total_nbytes)
+            report = self._meet(
+                "write",
+                lambda: session.write(self._version, timeout_s=write_s),
+                lambda _: self._commit_and_resume(session, commit_s),
+                kind=None, result=PushReport, work_s=write_s,
+                decide_s=commit_s + deadlines.resume_s + 2 * deadlines.grace_s,
+            )  # fmt: skip
         except BaseException as error:
-            self._undo(error)
+            self._leave(error)
             raise
-        report = PushReport(
+        settings.progress.done(report)
+        return report
+
+    def _hello(self) -> _Hello:
+        session, declaration = self._held.session, self._pushed.declaration
+        if session is None or session.declaration != declaration:
+            return _Hello("", self._wanted)
+        return _Hello(session.id, self._wanted)
+
+    def _start(self, hellos: Sequence[_Hello]) -> _Start:
+        wanted = {hello.wanted for hello in hellos}
+        if len(wanted) > 1:
+            raise InputError(
+                f"the ranks push different versions: {wanted}",
+                hint="hand the same version to push on every rank, or none",
+            )
+        self._enter("status")
+        statuses = fleet_status(self._held.fleet, self._settings.deadlines)
+        self._choose_version(statuses)
+        session = self._held.session
+        holds = (
+            session is not None
+            and {hello.session for hello in hellos} == {session.id}
+            and session.holds(statuses)
+        )
+        return _Start(self._version, self._push_id, not holds)
+
+    def _pause_and_begin(self, session: Session, digests: list[list[list[str]]]) -> None:
+        self._transaction = transaction = Transaction(
+            self._held.fleet,
+            session,
+            [
+                [RankDigests(rank=r, digests=of_rank[a.index]) for r, of_rank in enumerate(digests)]
+                for a in self._held.fleet.agents
+            ],
+            push_id=self._push_id,
+            version=self._version,
+            deadlines=self._settings.deadlines,
+            pause_mode=self._settings.pause_mode,
+        )
+        self._enter("pause")
+        transaction.pause()
+        self._held.last_version = self._version
+        self._enter("begin")
+        transaction.begin()
+        self._enter("write")
+
+    def _commit_and_resume(self, session: Session, commit_s: float) -> PushReport:
+        transaction = self._transaction
+        if transaction is None:
+            raise NoSessionError("no push was begun", hint="push again")
+        self._enter("commit")
+        transaction.commit(timeout_s=commit_s)
+        self._enter("resume")
+        agents = transaction.resume()
+        self._enter("")
+        now = time.perf_counter()
+        return PushReport(
             version=self._version,
             push_id=self._push_id,
-            nbytes=self._nbytes,
-            paused_s=paused_s,
-            total_s=time.perf_counter() - self._started,
+            nbytes=session.total_nbytes,
+            paused_s=now - self._paused_at,
+            total_s=now - self._started,
             agents=agents,
             **{f"{phase}_s": seconds for phase, seconds in self._seconds.items()},
         )
-        self._settings.progress.done(report)
-        return report
 
-    def _run(self) -> tuple[float, tuple[AgentOutcome, ...]]:
-        settings, deadlines = self._settings, self._settings.deadlines
-        session = self._session()
-        self._nbytes = session.nbytes
-        with self._timed("fill"):
-            digests = session.fill(self._source, check_finite=settings.check_finite)
-        write_s = deadlines.for_bytes(deadlines.write_s, session.nbytes)
-        commit_s = deadlines.for_bytes(deadlines.commit_s, session.nbytes)
-        transaction = Transaction(
-            self._held.fleet,
-            session,
-            push_id=self._push_id,
-            version=self._version,
-            deadlines=deadlines,
-            pause_mode=settings.pause_mode,
-        )
-        self._transaction = transaction
-        started = time.perf_counter()
-        with self._timed("pause"):
-            transaction.pause()
-        self._held.last_version = self._version
-        with self._timed("begin"):
-            transaction.begin()
-        with self._timed("write"):
-            session.write(self._version, timeout_s=write_s)
-        with self._timed("commit"):
-            transaction.commit(digests, timeout_s=commit_s)
-        with self._timed("resume"):
-            agents = transaction.resume()
-        return time.perf_counter() - started, agents
-
-    def _session(self) -> Session:
-        """The last session if it still holds at every agent, else a new one."""
-        held, settings = self._held, self._settings
-        statuses = fleet_status(held.fleet, settings.deadlines)
-        self._choose_version(statuses)
-        session = held.session
-        if session is not None and session.manifest == self._manifest and session.holds(statuses):
-            return session
-        held.end_session()
-        with self._timed("rendezvous"):
-            held.session = open_session(
-                held.fleet,
-                self._source,
-                self._manifest,
-                make_transport=settings.make_transport,
-                deadlines=settings.deadlines,
-                ignore=settings.ignore,
-            )
-        return held.session
+    def _meet(
+        self,
+        phase: str,
+        work: Callable[[], T],
+        decide: Callable[[list[T]], R],
+        *,
+        kind: Any,
+        result: Any,
+        work_s: float = 0.0,
+        decide_s: float,
+    ) -> R:
+        # rank 0 may have to abort before it answers
+        decide_s += self._settings.deadlines.abort_s + self._settings.deadlines.grace_s
+        return self._held.ranks.meet(
+            phase, work, decide, kind=kind, result=result, work_s=work_s, decide_s=decide_s,
+            undo=self._undo,
+        )  # fmt: skip
 
     def _choose_version(self, statuses: Sequence[dict[str, Any]]) -> None:
         versions = [int(s.get("version") or 0) for s in statuses]
@@ -189,50 +265,61 @@ class Push:
             )
 
     def _undo(self, error: BaseException) -> None:
-        """Abort at every agent, drop what may be in flight, tell the error what became of all."""
+        """On rank 0: abort at every agent, and tell the error what became of all."""
+        self._undone = True
         elapsed_s = time.perf_counter() - self._started
         transaction = self._transaction
         fates = [] if transaction is None else transaction.fates()
+        if transaction is not None:
+            for failure in transaction.abort(f"{self._phase}: {describe(error)}"):
+                error.add_note(f"the abort failed too: {failure}")
+        if isinstance(error, WeightSyncError):
+            error.context.update(
+                phase=self._phase,
+                version=self._version,
+                push_id=self._push_id,
+                elapsed_s=elapsed_s,
+                agents=fates,
+            )
+        what_now = (
+            f"{'; '.join(fates)}. A torn engine serves nothing until a whole push follows: "
+            "remove the cause and call push again"
+            if transaction is not None and transaction.began
+            else "nothing was written, every engine has the weights that it had"
+        )
+        error.add_note(
+            f"push {self._push_id} of version {self._version} failed in phase {self._phase} "
+            f"after {elapsed_s:.3f} s; {what_now}"
+        )
+
+    def _leave(self, error: BaseException) -> None:
+        """On every rank, whatever failed and wherever: drop what may be in flight."""
         try:
-            if transaction is not None:
-                for failure in transaction.abort(f"{self._phase}: {describe(error)}"):
-                    error.add_note(f"the abort failed too: {failure}")
+            if self._held.ranks.rank == 0 and not self._undone:
+                self._undo(error)
         finally:
-            began = transaction is not None and transaction.began
-            if began:  # writes may be in flight: nothing of this epoch is used again (WS-3, WS-8)
+            began = self._transaction is not None and self._transaction.began
+            if began or not self.wrote_nothing:
+                # Writes may be in flight: nothing of this epoch is used again (WS-3, WS-8).
                 try:
                     self._held.end_session()
                 except WeightSyncError as also:
                     error.add_note(f"closing the session failed too: {also}")
-            if isinstance(error, WeightSyncError):
-                error.context.update(
-                    phase=self._phase,
-                    version=self._version,
-                    push_id=self._push_id,
-                    elapsed_s=elapsed_s,
-                    agents=fates,
-                )
-            what_now = (
-                f"{'; '.join(fates)}. A torn engine serves nothing until a whole push follows: "
-                "remove the cause and call push again"
-                if began
-                else "nothing was written, every engine has the weights that it had"
-            )
-            error.add_note(
-                f"push {self._push_id} of version {self._version} failed in phase {self._phase} "
-                f"after {elapsed_s:.3f} s; {what_now}"
-            )
             self._settings.progress.failed(self._phase, self._version, self._push_id, error)
 
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        progress = self._settings.progress
-        self._phase = phase
-        progress.started(phase, self._version)
-        started = time.perf_counter()
-        yield
-        seconds = self._seconds[phase] = time.perf_counter() - started
-        progress.ended(phase, self._version, self._push_id, seconds, self._nbytes)
+    def _enter(self, phase: str) -> None:
+        """End the phase that runs, and start the next."""
+        progress, now = self._settings.progress, time.perf_counter()
+        if self._phase in self._seconds:
+            seconds = self._seconds[self._phase] = now - self._phase_started
+            session = self._held.session
+            nbytes = 0 if session is None else session.total_nbytes
+            progress.ended(self._phase, self._version, self._push_id, seconds, nbytes)
+        if phase == "pause":
+            self._paused_at = now
+        self._phase, self._phase_started = phase, now
+        if phase:
+            progress.started(phase, self._version)
 
 
 def fleet_status(fleet: Fleet, deadlines: Deadlines) -> list[dict[str, Any]]:

@@ -37,6 +37,8 @@ class Deadlines(BaseModel):
     """``POST /resume``."""
     abort_s: Seconds = 30.0
     """``POST /abort_update``, after a failure."""
+    ranks_s: Seconds = 600.0
+    """How far the trainer's ranks may be apart when they meet in a push, besides their work."""
     grace_s: Seconds = 5.0
     """What an answer may take longer than the deadline that the agent itself was given."""
     floor_bytes_per_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100e6

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import nn
 
-from weightsync.dtypes import ITEMSIZE
-from weightsync.errors import InputError, ManifestError
+from weightsync.errors import InputError
 from weightsync.geometry import Box
-from weightsync.manifest import Manifest, TensorSpec
+from weightsync.manifest import TensorSpec
+from weightsync_client.held import Held, LocalShard, hold
 from weightsync_client.hf import checkpoint_tensors
+
+#: a whole tensor, a DTensor, or a part of a tensor
+Tensor: TypeAlias = "torch.Tensor | LocalShard"
 
 
 @runtime_checkable
@@ -23,8 +26,11 @@ class WeightSource(Protocol):
     it sends; nothing may change the weights until ``push`` has returned.
     """
 
-    def manifest(self) -> Manifest:
-        """Every checkpoint tensor of the whole job; the same on all ranks."""
+    def manifest(self) -> Iterable[TensorSpec]:
+        """The checkpoint tensors that this rank knows of, with the shapes that they have whole.
+
+        The job's manifest is what all ranks know of, rank 0's first.
+        """
 
     def holdings(self) -> Mapping[str, tuple[Box, ...]]:
         """The boxes of each checkpoint tensor that this rank holds."""
@@ -38,52 +44,60 @@ class WeightSource(Protocol):
 
 
 class StateDictSource:
-    """A mapping of checkpoint names to whole tensors.
+    """Checkpoint names and tensors: plain ones, DTensors in any placement, or LocalShards.
 
-    Entries that are the same memory seen the same way (tied weights) become aliases of the first.
+    In a distributed job every rank makes one of what it has.  A plain tensor counts as whole: ranks
+    that hold the same share the work, and a name that only some ranks have (a pipeline stage) is
+    sent by those.  Entries that are the same memory seen the same way (tied weights) become aliases
+    of the first.
 
     Args:
-        tensors: Name to tensor; views and any strides are fine.
+        tensors: Name to tensor, or pairs of them; views and any strides are fine.
         dtype: Checkpoint dtype of every floating tensor, where it is not the tensors' own: fp32
             masters of a bf16 checkpoint are rounded to bf16 before anything else (WS-12).
 
     Raises:
-        InputError: An entry is no dense tensor with memory of its own rank.
-        ManifestError: Nothing to send, or an element type that does not travel.
+        InputError: An entry is no dense tensor, or does not say which values it has.
+        ManifestError: An element type that does not travel.
     """
 
     def __init__(
-        self, tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None = None
+        self,
+        tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+        *,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        self._tensors = {name: _checked(name, tensor) for name, tensor in tensors.items()}
-        first_by_memory: dict[tuple[Any, ...], str] = {}
-        specs = []
-        for name, tensor in self._tensors.items():
-            made = tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
-            alias_of = ""
-            if tensor.numel():
-                where = (tensor.device, tensor.data_ptr())
-                memory = (*where, tensor.dtype, tensor.shape, tensor.stride())
-                first = first_by_memory.setdefault(memory, name)
-                alias_of = "" if first == name else first
-            specs.append(TensorSpec(name, dtype_name(made), tuple(tensor.shape), alias_of))
-        self._manifest = Manifest.of(specs)
+        named = tensors.items() if isinstance(tensors, Mapping) else tensors
+        self._take(((name, hold(name, tensor)) for name, tensor in _pairs(named)), dtype)
 
-    def manifest(self) -> Manifest:
-        """One tensor an entry, in the mapping's order."""
+    def _take(self, held: Iterable[tuple[str, Held]], dtype: torch.dtype | None) -> None:
+        self._held: dict[str, Held] = {}
+        first_by_memory: dict[tuple[object, ...], str] = {}
+        specs = []
+        for name, part in held:
+            self._held[name] = part
+            made = part.dtype if dtype is None or not part.dtype.is_floating_point else dtype
+            memory = part.memory
+            first = first_by_memory.setdefault(memory, name) if memory else name
+            alias_of = "" if first == name else first
+            specs.append(TensorSpec(name, dtype_name(made), part.shape, alias_of))
+        self._manifest = tuple(specs)
+
+    def manifest(self) -> Sequence[TensorSpec]:
+        """One tensor an entry, in their order."""
         return self._manifest
 
     def holdings(self) -> Mapping[str, tuple[Box, ...]]:
-        """Everything, whole."""
-        return {t.name: (Box.whole(t.shape),) for t in self._manifest}
+        """The boxes of every entry that are here."""
+        return {name: tuple(box for box, _ in part.pieces) for name, part in self._held.items()}
 
     def local(self, name: str, box_index: int) -> torch.Tensor:
-        """The tensor itself."""
-        return self._tensors[name]
+        """The values of one box: a view."""
+        return self._held[name].pieces[box_index][1]
 
 
 class ModuleSource(StateDictSource):
-    """A plain ``nn.Module`` in one process: parameters and persistent buffers by their names.
+    """An ``nn.Module``, plain or sharded: parameters and persistent buffers by their names.
 
     The names are ``state_dict``'s, less what ``torch.compile`` and ``DistributedDataParallel`` put
     in front; for a transformers model they are those of the checkpoint that it saves.  Nothing is
@@ -103,58 +117,43 @@ class ModuleSource(StateDictSource):
             module = module.module
         module = getattr(module, "_orig_mod", module)
         tensors = {name.replace("_orig_mod.", ""): t for name, t in module.state_dict().items()}
-        super().__init__(checkpoint_tensors(module, tensors), dtype=dtype)
+        self._take(checkpoint_tensors(module, tensors).items(), dtype)
 
 
-def as_source(model: nn.Module | Mapping[str, torch.Tensor] | WeightSource) -> WeightSource:
-    """What ``Publisher.push`` was handed, as a source.
+#: what ``Publisher.push`` takes
+Weights: TypeAlias = (
+    "nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | WeightSource"
+)
+
+
+def as_source(model: Weights) -> WeightSource:
+    """What ``Publisher.push`` was handed, as a source.  An iterator is read to its end.
 
     Raises:
-        InputError: It is none of the three.
+        InputError: It is nothing that weights can be taken from.
     """
     if isinstance(model, nn.Module):
         return ModuleSource(model)
-    if isinstance(model, Mapping):
-        return StateDictSource(model)
     if isinstance(model, WeightSource):
         return model
+    if isinstance(model, Mapping) or (isinstance(model, Iterable) and not isinstance(model, str)):
+        return StateDictSource(model)
     raise InputError(
         f"cannot take weights from a {type(model).__name__}",
-        hint="push an nn.Module, a mapping of names to tensors, or a WeightSource",
+        hint="push an nn.Module, a mapping of names to tensors, pairs of them, or a WeightSource",
     )
+
+
+def _pairs(named: Iterable[object]) -> Iterator[tuple[str, object]]:
+    for entry in named:
+        if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)):
+            raise InputError(
+                f"expected pairs of a name and a tensor, got a {type(entry).__name__}",
+                hint="push model.named_parameters(), or yield (name, tensor)",
+            )
+        yield entry
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """``bfloat16`` for ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")
-
-
-def _checked(name: str, tensor: object) -> torch.Tensor:
-    if not isinstance(tensor, torch.Tensor):
-        raise InputError(
-            f"{name!r} is a {type(tensor).__name__}, not a tensor",
-            hint="push a mapping without it: {k: v for k, v in model.state_dict().items() if ...}",
-            tensor=name,
-        )
-    # A subclass (DTensor, quantised) need not hold what its shape says; reading its memory would
-    # send a shard, or packed values, as if they were the tensor.
-    if type(tensor) not in {torch.Tensor, nn.Parameter, nn.Buffer}:
-        raise InputError(
-            f"{name!r} is a {type(tensor).__name__}, and its memory is not the whole tensor",
-            hint="gather it to a plain tensor first, or write a WeightSource for it",
-            tensor=name,
-        )
-    if tensor.device.type == "meta" or tensor.layout != torch.strided:
-        raise InputError(
-            f"{name!r} has no dense values (device {tensor.device}, layout {tensor.layout})",
-            hint="load the model, or make the tensor dense, before the push",
-            tensor=name,
-        )
-    if dtype_name(tensor.dtype) not in ITEMSIZE:
-        raise ManifestError(
-            f"{name!r} has dtype {tensor.dtype}, which does not travel",
-            hint=f"cast it to one of {', '.join(ITEMSIZE)}",
-            tensor=name,
-        )
-    # a lazily conjugated or negated view: its memory holds other values than it shows
-    return tensor.detach().resolve_conj().resolve_neg()

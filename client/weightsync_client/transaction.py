@@ -37,12 +37,22 @@ class Transaction:
     """One push at every agent: pause all, begin all, (write), commit all, resume all.
 
     The calls are made in that order, each once; after an error only :meth:`abort` may follow.
+
+    Args:
+        fleet: All agents.
+        session: The epoch that this push is in.
+        digests: For each agent, every rank's digests of what it writes there.
+        push_id: Names the push to the agents.
+        version: What the engines will serve.
+        deadlines: Of each call.
+        pause_mode: What happens to running requests.
     """
 
     def __init__(
         self,
         fleet: Fleet,
         session: Session,
+        digests: Sequence[list[RankDigests]],
         *,
         push_id: str,
         version: int,
@@ -51,6 +61,7 @@ class Transaction:
     ) -> None:
         self._fleet = fleet
         self._session = session
+        self._digests = digests
         self._push_id = push_id
         self._version = version
         self._deadlines = deadlines
@@ -104,7 +115,7 @@ class Transaction:
 
         self._fleet.each(call)
 
-    def commit(self, digests: Sequence[RankDigests], *, timeout_s: float) -> None:
+    def commit(self, *, timeout_s: float) -> None:
         """Make the version real everywhere.  Every write has completed.
 
         Raises:
@@ -117,7 +128,7 @@ class Transaction:
                 epoch=self._session.epochs[agent.index],
                 push_id=self._push_id,
                 version=self._version,
-                ranks=[digests[agent.index]],
+                ranks=self._digests[agent.index],
                 timeout_s=timeout_s,
             )
             self.stages[agent.index] = Stage.COMMITTING

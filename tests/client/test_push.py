@@ -256,6 +256,12 @@ def test_a_changed_model_makes_a_new_rendezvous(agent: Agent, make_publisher: Ma
     assert agent.calls.count("/init_transfer") == 2
 
 
+def test_a_job_without_tensors_is_refused(agent: Agent, make_publisher: Make) -> None:
+    with pytest.raises(ManifestError, match="empty"):
+        make_publisher(agent).push({})
+    assert agent.calls == ["/status"]
+
+
 def test_report_adds_up(agent: Agent, make_publisher: Make, model: nn.Module) -> None:
     report = make_publisher(agent).push(model)
     paused = [report.pause_s, report.begin_s, report.write_s, report.commit_s, report.resume_s]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from weightsync.errors import InputError, ManifestError
+from weightsync.errors import AgentUnreachableError, InputError, ManifestError
 from weightsync_client import ModuleSource, Publisher, StateDictSource
 from weightsync_client.source import as_source
 
@@ -52,7 +52,6 @@ def test_names_lose_what_torch_compile_puts_in_front() -> None:
         ("sparse", {"w": torch.eye(3).to_sparse()}, InputError, "no dense values"),
         ("text", {"w": "x"}, InputError, "is a str, not a tensor"),
         ("complex", {"w": torch.ones(2, dtype=torch.complex64)}, ManifestError, "does not travel"),
-        ("nothing", {}, ManifestError, "empty"),
     ],
 )
 def test_what_cannot_be_sent_is_refused_by_name(
@@ -68,8 +67,24 @@ def test_extra_state_is_not_dropped_silently() -> None:
 
 
 def test_only_weights_can_be_pushed() -> None:
-    with pytest.raises(InputError, match="cannot take weights from a list"):
+    with pytest.raises(InputError, match="cannot take weights from a int"):
+        as_source(3)
+    with pytest.raises(InputError, match="pairs of a name and a tensor, got a Tensor"):
         as_source([torch.ones(2)])
+
+
+def test_pairs_from_a_generator_are_a_source() -> None:
+    source = as_source((f"w{i}", torch.full((2,), i)) for i in range(3))
+    assert [t.name for t in source.manifest()] == ["w0", "w1", "w2"]
+    assert torch.equal(source.local("w2", 0), torch.full((2,), 2))
+
+
+def test_a_name_twice_and_no_tensors_at_all_are_refused() -> None:
+    publisher = Publisher(["http://127.0.0.1:9"], progress="off")
+    with pytest.raises(ManifestError, match="twice in the manifest: w"):
+        publisher.push([("w", torch.ones(2)), ("w", torch.ones(3))])
+    with pytest.raises(AgentUnreachableError):  # looked for first: another rank may have some
+        publisher.push({})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,111 @@
+"""What each rank declares, and the whole that they make together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from weightsync.digest import digests
+from weightsync.errors import ManifestError
+from weightsync.geometry import Box
+from weightsync.manifest import Manifest, TensorSpec
+from weightsync_client.source import WeightSource
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """One rank's tensors, and its boxes of each, in the same order."""
+
+    tensors: tuple[TensorSpec, ...]
+    boxes: tuple[tuple[Box, ...], ...]
+
+    @classmethod
+    def of(cls, source: WeightSource) -> Declaration:
+        """What this rank's source declares.
+
+        Raises:
+            ManifestError: A name twice, or what is no tensor.
+        """
+        tensors = tuple(source.manifest())
+        if tensors:  # a rank may hold nothing; that there is anything at all is asked of the job
+            Manifest(tensors)
+        holdings = source.holdings()
+        return cls(tensors, tuple(tuple(holdings.get(t.name, ())) for t in tensors))
+
+    @property
+    def holdings(self) -> Mapping[str, tuple[Box, ...]]:
+        """The boxes by name."""
+        return {t.name: boxes for t, boxes in zip(self.tensors, self.boxes, strict=True)}
+
+
+@dataclass(frozen=True)
+class Introduction:
+    """What a rank brings to a rendezvous.
+
+    ``copies`` are the digests of the tensors that it has whole: where several ranks have one, those
+    must be equal.
+    """
+
+    declaration: Declaration
+    copies: dict[str, bytes]
+
+
+def introduce(declaration: Declaration, source: WeightSource, *, alone: bool) -> Introduction:
+    """This rank's introduction; ``alone``: no other rank could have a copy."""
+    if alone:
+        return Introduction(declaration, {})
+    by_device: dict[torch.device, dict[str, torch.Tensor]] = {}
+    for spec, boxes in zip(declaration.tensors, declaration.boxes, strict=True):
+        if boxes == (Box.whole(spec.shape),) and spec.numel and not spec.alias_of:
+            local = source.local(spec.name, 0).detach()
+            by_device.setdefault(local.device, {})[spec.name] = local
+    copies: dict[str, bytes] = {}
+    for tensors in by_device.values():
+        flat = (t.contiguous().reshape(-1).view(torch.uint8) for t in tensors.values())
+        copies.update(zip(tensors, digests(list(flat)), strict=True))
+    return Introduction(declaration, copies)
+
+
+def join(ranks: Sequence[Introduction]) -> Manifest:
+    """The manifest of the whole job: rank 0's tensors, then what each next rank adds.
+
+    Raises:
+        ManifestError: Ranks disagree about a tensor's shape, dtype or values, or there is none.
+    """
+    specs: dict[str, TensorSpec] = {}
+    first: dict[str, int] = {}
+    copies: dict[str, tuple[int, bytes]] = {}
+    # an alias is one where every rank with elements of it says so: an empty shard cannot tell
+    denied = Counter[str]()
+    for rank, one in enumerate(ranks):
+        for spec, boxes in zip(one.declaration.tensors, one.declaration.boxes, strict=True):
+            known = specs.setdefault(spec.name, spec)
+            other = first.setdefault(spec.name, rank)
+            if (known.shape, known.dtype) != (spec.shape, spec.dtype):
+                raise ManifestError(
+                    f"{spec.name!r} is {known.dtype} {list(known.shape)} on rank {other} and "
+                    f"{spec.dtype} {list(spec.shape)} on rank {rank}",
+                    hint="a plain tensor counts as whole: declare shards as DTensor or LocalShard",
+                    tensor=spec.name,
+                    ranks=[other, rank],
+                )
+            if spec.alias_of and not known.alias_of:
+                specs[spec.name] = spec
+            if not spec.alias_of and boxes:
+                denied[spec.name] += 1
+        for name, digest in one.copies.items():
+            other, known_digest = copies.setdefault(name, (rank, digest))
+            if known_digest != digest:
+                raise ManifestError(
+                    f"{name!r} is whole on ranks {other} and {rank}, with different values",
+                    hint="replicas must be equal; if each rank has a part of its own (experts, "
+                    "say), declare it as DTensor or LocalShard",
+                    tensor=name,
+                    ranks=[other, rank],
+                )
+    return Manifest.of(
+        TensorSpec(s.name, s.dtype, s.shape) if denied[s.name] else s for s in specs.values()
+    )

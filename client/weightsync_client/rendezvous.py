@@ -1,0 +1,225 @@
+"""A new epoch: all ranks declare, each plans its part, the agents learn who writes what."""
+
+from __future__ import annotations
+
+import base64
+import uuid
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from weightsync.codec import pack, unpack
+from weightsync.geometry import Box
+from weightsync.layout import WorkerLayout
+from weightsync.manifest import Manifest, TensorSpec
+from weightsync.plan import build_plan
+from weightsync.protocol import (
+    PROTOCOL_VERSION,
+    ConnectRequest,
+    InitTransferRequest,
+    InitTransferResponse,
+    RankOffer,
+    StepResponse,
+)
+from weightsync.transport.base import Transport
+from weightsync_client.control import Agent, Fleet
+from weightsync_client.declaration import Declaration, Introduction, introduce, join
+from weightsync_client.ranks import Ranks
+from weightsync_client.session import Session, Worker
+from weightsync_client.settings import Deadlines
+from weightsync_client.source import Weights, WeightSource, as_source
+
+
+class Pushed:
+    """What ``push`` was handed, on one rank: looked at once a push.
+
+    Args:
+        model: See :meth:`weightsync_client.publisher.Publisher.push`.
+    """
+
+    def __init__(self, model: Weights) -> None:
+        self._model = model
+
+    @cached_property
+    def source(self) -> WeightSource:
+        """Where the values are.  Its errors are those of :func:`as_source`."""
+        return as_source(self._model)
+
+    @cached_property
+    def declaration(self) -> Declaration:
+        """What this rank has."""
+        return Declaration.of(self.source)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What one agent answered to ``/init_transfer``; ``workers`` are (place, metadata, layout)."""
+
+    epoch: int
+    workers: list[tuple[str, bytes, str]]
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What every rank plans from; ``boxes[rank]`` are in the order of ``tensors``."""
+
+    session: str
+    tensors: tuple[TensorSpec, ...]
+    boxes: list[list[tuple[Box, ...]]]
+    agents: list[_Answer]
+
+
+def open_session(
+    fleet: Fleet,
+    ranks: Ranks,
+    pushed: Pushed,
+    *,
+    make_transport: Callable[[], Transport],
+    deadlines: Deadlines,
+    ignore: Sequence[str],
+    undo: Callable[[BaseException], None],
+) -> Session:
+    """Make a rendezvous of all ranks with every agent; the engines go on serving.
+
+    Args:
+        fleet: All agents; rank 0 alone speaks to them.
+        ranks: All of them call this.
+        pushed: Tells what this rank has and where it lies.
+        make_transport: Makes one with a name of its own.
+        deadlines: Of the two rounds.
+        ignore: Patterns of tensors that an engine may have no use for.
+        undo: See :meth:`weightsync_client.ranks.Ranks.meet`.
+
+    Raises:
+        ManifestError: Ranks disagree about a tensor, no engine takes it, or it does not fit.
+        RefusedError: A kernel tensor could not be proven.
+        PlanError: A byte would be written twice or not at all.
+        WeightSyncError: Whatever else an agent answers, or fails on another rank.
+    """
+    timeout_s = deadlines.rendezvous_s
+    opened: list[Session] = []
+
+    def plan() -> list[RankOffer]:
+        session = _plan(ranks.rank, terms, pushed, make_transport, ignore)
+        opened.append(session)
+        return [session.offer(agent) for agent in range(len(terms.agents))]
+
+    def connect(offers: list[list[RankOffer]]) -> None:
+        def call(agent: Agent) -> None:
+            here = [offered[agent.index] for offered in offers]
+            request = ConnectRequest(
+                session=terms.session,
+                epoch=terms.agents[agent.index].epoch,
+                ranks=[o for o in here if any(o.writes)] or here[:1],
+                timeout_s=timeout_s,
+            )
+            agent.post("/connect", request, StepResponse, timeout_s=timeout_s)
+
+        fleet.each(call)
+
+    def total(nbytes: list[int]) -> int:
+        return sum(nbytes)
+
+    def prepare() -> int:
+        opened[0].prepare()
+        return opened[0].nbytes
+
+    terms = ranks.meet(
+        "declare",
+        lambda: introduce(pushed.declaration, pushed.source, alone=ranks.world_size == 1),
+        lambda introduced: _init(fleet, introduced, timeout_s),
+        kind=Introduction,
+        result=_Terms,
+        work_s=timeout_s,
+        decide_s=timeout_s + deadlines.grace_s,
+        undo=undo,
+    )
+    try:
+        ranks.meet(
+            "connect", plan, connect, kind=list[RankOffer], result=None,
+            work_s=timeout_s, decide_s=timeout_s + deadlines.grace_s, undo=undo,
+        )  # fmt: skip
+        (session,) = opened
+        session.total_nbytes = ranks.meet(
+            "prepare", prepare, total, kind=int, result=int, work_s=timeout_s, undo=undo
+        )
+    except BaseException:
+        for session in opened:
+            session.close()
+        raise
+    return session
+
+
+def _init(fleet: Fleet, introduced: Sequence[Introduction], timeout_s: float) -> _Terms:
+    """The first round, on rank 0: the whole manifest to every agent."""
+    manifest = join(introduced)
+    session_id = f"s-{uuid.uuid4().hex}"
+    packed = pack(manifest.tensors)
+
+    def call(agent: Agent) -> _Answer:
+        request = InitTransferRequest(
+            protocol_version=PROTOCOL_VERSION,
+            session=session_id,
+            manifest=packed,
+            world_size=len(introduced),
+            timeout_s=timeout_s,
+        )
+        answer = agent.post("/init_transfer", request, InitTransferResponse, timeout_s=timeout_s)
+        workers = [(w.place, base64.b64decode(w.metadata), w.layout) for w in answer.workers]
+        return _Answer(answer.epoch, workers)
+
+    answers = fleet.each(call)
+    boxes = []
+    for one in introduced:
+        held = one.declaration.holdings
+        boxes.append([tuple(held.get(t.name, ())) for t in manifest])
+    return _Terms(session_id, manifest.tensors, boxes, answers)
+
+
+def _plan(
+    rank: int,
+    terms: _Terms,
+    pushed: Pushed,
+    make_transport: Callable[[], Transport],
+    ignore: Sequence[str],
+) -> Session:
+    """This rank's part: every rank plans from the same terms, so all parts fit together."""
+    manifest = Manifest(terms.tensors)
+    found = [
+        (agent, place, metadata, unpack(layout, WorkerLayout))
+        for agent, answer in enumerate(terms.agents)
+        for place, metadata, layout in answer.workers
+    ]
+    plan = build_plan(
+        manifest,
+        [layout for *_, layout in found],
+        [
+            {t.name: boxes for t, boxes in zip(manifest, held, strict=True) if boxes}
+            for held in terms.boxes
+        ],
+        rank=rank,
+        allow_skipped=ignore,
+    )
+    return Session(
+        terms.session,
+        epochs=[answer.epoch for answer in terms.agents],
+        declaration=pushed.declaration,
+        manifest=manifest,
+        workers=[Worker(*one, tuple(plan.writes[i])) for i, one in enumerate(found)],
+        plan=plan,
+        device=_device(pushed.source, pushed.declaration),
+        make_transport=make_transport,
+    )
+
+
+def _device(source: WeightSource, declaration: Declaration) -> torch.device:
+    """Where most of this rank's bytes are: its slots are filled there."""
+    nbytes: Counter[torch.device] = Counter()
+    for name, boxes in declaration.holdings.items():
+        for index in range(len(boxes)):
+            local = source.local(name, index)
+            nbytes[local.device] += local.nbytes
+    return nbytes.most_common(1)[0][0] if nbytes else torch.device("cpu")
