@@ -37,7 +37,7 @@ def processes_below(folder: Path) -> list[str]:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-    return [line for line in lines if f"{folder}/" in line]
+    return [line for line in lines if str(folder) in line]
 
 
 def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -89,9 +89,12 @@ def test_refused_tensors_end_with_3_and_the_engine_keeps_its_weights(tmp_path, m
     result = run_demo(DemoOptions(engine="torch", workdir=tmp_path / "demo"))
     assert result.exit_code == EXIT_REFUSED, result.error
     assert result.old_weights_served
-    assert [r["tensor"] for r in result.refusals] == ["lm_head.weight"]
-    assert result.refusals[0]["reason"]
-    assert (result.refused, result.pushes, result.ok) == (1, [], False)
+    layers = [f"model.layers.{i}.mlp.{name}_proj" for i in (0, 1) for name in ("gate", "up")]
+    modules = ["lm_head", *layers]
+    assert [r["tensor"] for r in result.refusals] == [f"{module}.weight" for module in modules]
+    for module, refusal in zip(modules, result.refusals, strict=True):
+        assert module in refusal["reason"]
+    assert (result.refused, result.pushes, result.ok) == (5, [], False)
     assert processes_below(tmp_path) == []
 
 
@@ -108,10 +111,10 @@ def test_the_whole_demo_has_a_deadline(tmp_path, monkeypatch):
     sleeps = [sys.executable, "-c", "import time; time.sleep(600)"]
     monkeypatch.setattr(stack, "engine_command", lambda *_: sleeps)
     started = time.monotonic()
-    result = run_demo(DemoOptions(engine="torch", workdir=tmp_path / "demo", timeout_s=15))
+    result = run_demo(DemoOptions(engine="torch", workdir=tmp_path / "demo", timeout_s=8))
     assert result.exit_code == EXIT_FAILED
-    assert "the demo was not over after 15 s" in result.error
-    assert time.monotonic() - started < 60
+    assert "the demo was not over after 8 s" in result.error
+    assert time.monotonic() - started < 40
 
 
 def test_config_that_no_model_can_be_made_from_ends_with_2(tmp_path):
@@ -132,7 +135,7 @@ def test_a_signal_ends_every_process(number, tmp_path):
         while not engine_log.exists():
             assert time.monotonic() < until
             time.sleep(0.05)
-        assert processes_below(workdir / "v0")
+        assert len(processes_below(workdir)) >= 3  # the demo, the trainer, the engine
         process.send_signal(number)
         out, _ = process.communicate(timeout=40)
     assert process.returncode == 128 + number

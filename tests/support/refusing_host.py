@@ -1,6 +1,6 @@
-"""The torch engine, but finishing a load changes lm_head: what serves is not what finishing makes.
+"""The torch engine, but finishing a load changes wide layers, and those that serve were not changed.
 
-No such tensor can be proven, so the receiver has to refuse it.
+No way of writing them can be proven, so the receiver has to refuse them.
 """
 
 from __future__ import annotations
