@@ -57,7 +57,7 @@ class ManifestModel(Message):
 
 
 class PauseRequest(Message):
-    """``POST /pause``.  Without ``push_id`` it is a pause by hand: only a resume by hand ends it."""
+    """``POST /pause``.  Without ``push_id`` it is by hand: only a resume by hand ends it."""
 
     mode: PauseMode = "keep"
     timeout_s: Seconds = 60.0
@@ -137,7 +137,7 @@ class BeginRequest(Message):
 
 
 class RankDigests(Message):
-    """``digests[w]``: packed ``list[bytes]``, one 16-byte digest a write of ``RankOffer.writes[w]``."""
+    """``digests[w]``: packed ``list[bytes]``, 16 bytes for each of ``RankOffer.writes[w]``."""
 
     rank: Annotated[int, Field(ge=0)]
     digests: list[Packed]

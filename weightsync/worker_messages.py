@@ -134,6 +134,6 @@ class AbortReply:
 
 @dataclass(frozen=True, slots=True)
 class ChecksumsReply:
-    """SHA-256 (hex) of the bytes of every final kernel tensor; of opaque ones, of what they compute."""
+    """SHA-256 (hex) of every final kernel tensor's bytes; of opaque ones, of what they compute."""
 
     sha256: dict[str, str]

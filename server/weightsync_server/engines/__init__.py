@@ -1,0 +1,1 @@
+"""What the receiver needs to know about each engine."""

@@ -121,8 +121,8 @@ class VllmAdapter(EngineAdapter):
             return
         with self._as_loading():
             method.process_weights_after_loading(module)
-            if hasattr(module, "update_param_tp_status"):
-                module.update_param_tp_status()
+            if (update := getattr(module, "update_param_tp_status", None)) is not None:
+                update()
 
     @override
     def refresh(self) -> None:
