@@ -60,7 +60,9 @@ class Manifest:
         for tensor in self.tensors:
             itemsize(tensor.dtype)
             if not tensor.name or any(n < 0 for n in tensor.shape):
-                raise ManifestError(f"not a tensor: {tensor!r}", hint="names are not empty, dims >= 0")
+                raise ManifestError(
+                    f"not a tensor: {tensor!r}", hint="names are not empty, dims >= 0"
+                )
 
     @classmethod
     def of(cls, tensors: Iterable[TensorSpec]) -> Manifest:
