@@ -156,12 +156,12 @@ class _Demo:
     ) -> None:
         """Compare with an engine that has loaded the trainer's checkpoint."""
         view, result = self._view, self._result
+        view.working("starting a second engine on the checkpoint that the trainer saved")
         # once more, with no other request in the same batch
         pushed, pushed_sums = first.answers(prompts), first.checksums()
-        first.stop()
-        view.working("starting a second engine on the checkpoint that the trainer saved")
         second = Stack("second", self._options, self._processes, self._deadline)
         second.start(self._folder / "trained", context)
+        first.stop()  # it is gone long before the second one needs its memory
         second.wait_ready()
         fresh, fresh_sums = second.answers(prompts), second.checksums()
         view.done("a second engine, freshly loaded from the checkpoint that the trainer saved")

@@ -14,14 +14,12 @@ from rich.text import Text
 
 from weightsync_client.demo.ask import Answer
 from weightsync_client.demo.options import DemoOptions
-from weightsync_client.report import human_bytes, human_seconds
+from weightsync_client.report import PHASES, human_bytes, human_seconds
 
 _PICTURE = """\
  trainer ─────HTTP─────▶ agent ──loopback──▶ {engine}
     │                                          ▲
     └────────── one-sided NIXL writes ─────────┘"""
-#: phases in the order in which a push line names them
-_SHOWN = ("rendezvous", "fill", "pause", "begin", "write", "commit", "resume")
 _TOKENS_SHOWN = 4
 
 
@@ -84,7 +82,7 @@ class PlainView:
 
     def pushed(self, report: Mapping[str, Any]) -> None:
         """One line with all phases."""
-        self._line(f"pushed v{report['version']}: {_times(report)}")
+        self._line(f"pushed v{report['version']}: {_size(report)} ({_phases(report)})")
 
     def answered(self, version: int, answer: Answer) -> None:
         """One line."""
@@ -153,9 +151,10 @@ class TerminalView:
         """The push's line as it stays."""
         self._still()
         self._phases = {}
-        line = Text.assemble((f" ● v{report['version']}  ", "bold green"), _times(report))
+        line = Text.assemble((f" ● v{report['version']} ", "bold green"), "pushed  ", _size(report))
         line.highlight_regex(r"paused [\d.]+ \S+", "bold")
         self._print(line)
+        self._print(Text.assemble("   ", (_phases(report), "dim")))
 
     def answered(self, version: int, answer: Answer) -> None:
         """Tokens and log probabilities."""
@@ -213,16 +212,17 @@ class TerminalView:
         self._console.print(text, soft_wrap=True)
 
 
-def _times(report: Mapping[str, Any]) -> str:
-    phases = " · ".join(
+def _size(report: Mapping[str, Any]) -> str:
+    rate = human_bytes(report.get("rate_bytes_per_s", 0.0))
+    paused = human_seconds(report["paused_s"])
+    return f"{human_bytes(report['nbytes'])} written at {rate}/s, paused {paused}"
+
+
+def _phases(report: Mapping[str, Any]) -> str:
+    return " · ".join(
         f"{name} {human_seconds(seconds)}"
-        for name in _SHOWN
+        for name in PHASES
         if (seconds := report.get(f"{name}_s", 0.0)) > 0
-    )
-    rate = report.get("rate_bytes_per_s", 0.0)
-    return (
-        f"{human_bytes(report['nbytes'])}, paused {human_seconds(report['paused_s'])}  "
-        f"{phases}  ({human_bytes(rate)}/s)"
     )
 
 
