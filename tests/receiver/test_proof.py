@@ -31,6 +31,7 @@ from tests.receiver.toys import (
     Bag,
     Pairs,
     ToyAdapter,
+    Weights,
     by_name,
     new_pair,
 )
@@ -121,6 +122,23 @@ def test_staging_keeps_its_padding_clean_when_finishing_works_in_place(tmp_path)
     for version in (1, 2):
         trainer.push(weights(version), version)
         assert served(adapter.live) == served(adapter.fresh(weights(version)))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_flag_that_depends_on_the_weights_follows_them(sign, tmp_path):
+    def signed(version: int) -> Weights:
+        made = weights(version)
+        made["lin.weight"][0, 0] = sign * (-1) ** version
+        return made
+
+    finish = on_linear(keep_derived_flag)
+    adapter = ToyAdapter(Net, start=signed(0), finish=finish, folder=tmp_path)
+    receiver, trainer = new_pair(adapter)
+    assert kind_of(receiver) == "renewed"
+    trainer.rendezvous(weights())
+    for version in (1, 2, 3):
+        trainer.push(signed(version), version)
+        assert served(adapter.live) == served(adapter.fresh(signed(version)))
 
 
 def test_padding_filled_with_a_constant_that_staging_lacks_is_refused(tmp_path):
@@ -294,9 +312,12 @@ def test_with_captured_graphs_every_tensor_stays_where_it_is(name, tmp_path):
         (keep_derived_flag, "sets flag, which captured graphs keep"),
     ],
 )
-def test_with_captured_graphs_what_cannot_be_renewed_in_place_is_refused(change, reason, tmp_path):
+@pytest.mark.parametrize("corner", [3.0, -3.0])
+def test_with_captured_graphs_what_cannot_be_renewed_in_place_is_refused(
+    change, reason, corner, tmp_path
+):
     start = weights()
-    start["lin.weight"][0, 0] = 3.0  # the probe's is negative: the flag depends on the weights
+    start["lin.weight"][0, 0] = corner
     adapter = ToyAdapter(
         Net, start=start, finish=on_linear(change), folder=tmp_path, replaceable=False
     )

@@ -33,15 +33,19 @@ class Finished:
     loaded: frozenset[str]
     changes: Changes
 
-    def with_values(self, live: nn.Module, names: frozenset[str]) -> Finished:
-        """Count ``names`` among the changed values where the live module has others.
-
-        A value that depends on the weights may come out as it was before finishing.
-        """
-        mine, theirs = self.module.__dict__, live.__dict__
-        late = {k for k in names if (k in mine, mine.get(k)) != (k in theirs, theirs.get(k))}
-        changed = replace(self.changes, values=self.changes.values | late)
+    def with_values(self, names: frozenset[str]) -> Finished:
+        """The same, ``names`` counted among the changed values."""
+        changed = replace(self.changes, values=self.changes.values | names)
         return replace(self, changes=changed)
+
+
+def other_values(made: Finished, live: nn.Module, names: frozenset[str]) -> frozenset[str]:
+    """Those of ``names`` that the live module has other values for.
+
+    A value that depends on the weights may come out as it was before finishing.
+    """
+    mine, theirs = made.module.__dict__, live.__dict__
+    return frozenset(k for k in names if (k in mine, mine.get(k)) != (k in theirs, theirs.get(k)))
 
 
 def varying(a: Finished, b: Finished) -> frozenset[str]:

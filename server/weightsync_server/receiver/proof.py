@@ -23,7 +23,14 @@ from torch import nn
 from weightsync.errors import LayoutError
 from weightsync_server.engines.base import EngineAdapter
 from weightsync_server.receiver.changes import same_changes
-from weightsync_server.receiver.install import Finished, Given, finished_copy, obstacle, varying
+from weightsync_server.receiver.install import (
+    Finished,
+    Given,
+    finished_copy,
+    obstacle,
+    other_values,
+    varying,
+)
 from weightsync_server.receiver.kernel import (
     key_of,
     own_tensors,
@@ -106,7 +113,7 @@ class Prover:
         try:
             with torch.no_grad():
                 made = finished_copy(self.adapter, twin, own, live, given=given)
-                return made.with_values(live, unit.varying), live
+                return made.with_values(other_values(made, live, unit.varying)), live
         except Exception as error:
             raise LayoutError(
                 f"post-processing a copy of {unit.path or 'the model'} fails: "
@@ -147,7 +154,7 @@ class Prover:
                 first, live = self.finished(unit, self._probes(unit, negative=False), "away")
                 other, _ = self.finished(unit, self._probes(unit, negative=True), "away")
                 unit.varying = varying(first, other)
-                made = first.with_values(live, unit.varying)
+                made = first.with_values(unit.varying)
                 changed = made.changes
                 if not same_changes(changed, other.changes):
                     raise LayoutError(
@@ -168,7 +175,7 @@ class Prover:
                 self._same_place(live, leaf, name) for leaf, name in unit.params.items()
             ):
                 unit.kind = "staged"
-            elif not changed.none or unit.varying:
+            elif not changed.none:
                 unit.kind = "renewed"
         settle(proofs.units)
         self._refuse_shared(proofs)
