@@ -65,7 +65,7 @@ class Worker:
         self.buffers: dict[str, torch.Tensor] = {}
         self.transport: Transport | None = None
         self.layout: WorkerLayout | None = None
-        self.writes: list[tuple[int, int, int]] = []
+        self.writes: dict[int, list[tuple[int, int, int]]] = {}
         self.seen: list[bytes] = []
 
     def open(self, manifest: Manifest, wanted: list[Region]) -> p.WorkerOffer:
@@ -114,25 +114,32 @@ class Worker:
             nbytes=sum(r.nbytes for r in regions),
         )
 
-    def connect(self, rank: p.RankOffer, index: int) -> None:
-        self.writes = unpack(rank.writes[index], list[tuple[int, int, int]])
-        check_writes(self.layout, {rank.rank: self.writes})
-        self.transport.add_peer(base64.b64decode(rank.metadata))
+    def connect(self, ranks: list[p.RankOffer], index: int) -> None:
+        self.writes = {
+            rank.rank: unpack(rank.writes[index], list[tuple[int, int, int]])
+            for rank in ranks
+            if rank.writes[index]
+        }
+        check_writes(self.layout, self.writes)
+        for rank in ranks:
+            if rank.rank in self.writes:
+                self.transport.add_peer(base64.b64decode(rank.metadata))
 
-    def commit(self, epoch: int, version: int, expected: list[bytes]) -> None:
-        wanted = f"ws:{epoch}:{version}:0".encode()
+    def commit(self, epoch: int, version: int, expected: dict[int, list[bytes]]) -> None:
+        wanted = {f"ws:{epoch}:{version}:{rank}".encode() for rank in self.writes}
         deadline = time.monotonic() + 5
-        while wanted not in self.seen and time.monotonic() < deadline:
+        while not wanted <= set(self.seen) and time.monotonic() < deadline:
             for messages in self.transport.notifications().values():
                 self.seen += messages
-        if wanted not in self.seen:
+        if not wanted <= set(self.seen):
             raise VerifyError(f"no notification of version {version}, only {self.seen}")
-        pieces = [
-            self.buffers[self.layout.regions[r].name][offset : offset + nbytes]
-            for r, offset, nbytes in self.writes
-        ]
-        if digests(pieces) != expected:
-            raise VerifyError("digests differ", hint="push again")
+        for rank, writes in self.writes.items():
+            pieces = [
+                self.buffers[self.layout.regions[r].name][offset : offset + nbytes]
+                for r, offset, nbytes in writes
+            ]
+            if digests(pieces) != expected[rank]:
+                raise VerifyError(f"digests of rank {rank} differ", hint="push again")
 
     def close(self) -> None:
         if self.transport is not None:
@@ -247,7 +254,7 @@ class Agent:
         ask = p.ConnectRequest.model_validate(body)
         self._ask(ConnectAsked(ask.session, ask.epoch))
         for index, worker in enumerate(self.workers):
-            worker.connect(ask.ranks[0], index)
+            worker.connect(ask.ranks, index)
         self.state = st.step(self.state, Connected(ask.epoch)).state
         return self._reply()
 
@@ -266,7 +273,7 @@ class Agent:
 
         def verify() -> None:
             for index, worker in enumerate(self.workers):
-                expected = unpack(ask.ranks[0].digests[index], list[bytes])
+                expected = {r.rank: unpack(r.digests[index], list[bytes]) for r in ask.ranks}
                 worker.commit(ask.epoch, ask.version, expected)
 
         return self._ask(CommitAsked(ask.session, ask.epoch, ask.push_id, ask.version), verify)

@@ -74,7 +74,7 @@ def test_bytes_that_arrive_wrong_are_the_agents_verify_error(
     agent: Agent, make_publisher: Make, model: nn.Module
 ) -> None:
     inject_at_pause(agent, Faults(torn_nbytes=8))
-    with pytest.raises(VerifyError, match="digests differ") as caught:
+    with pytest.raises(VerifyError, match="digests of rank 0 differ") as caught:
         make_publisher(agent).push(model)
     assert caught.value.context["phase"] == "commit"
     assert agent.state.phase == "torn"
