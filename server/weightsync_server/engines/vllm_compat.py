@@ -1,8 +1,8 @@
 """What differs between vLLM versions: the one place that knows.
 
 Its first part drives whatever looks like vLLM's ``AsyncLLM`` (the *engine client* of its API
-server): real vLLM, or an embedded engine with the same methods and ``engine_name``, ``engine_version``,
-``model_path`` and ``world_size`` as attributes.
+server): real vLLM, or an embedded engine with the same methods and ``engine_name``,
+``engine_version``, ``model_path`` and ``world_size`` as attributes.
 
 What a finished pause promises (WS-1), read in the sources of the tested versions: with each mode
 the call returns after the scheduler has no work and the batch queue is empty, on every
