@@ -156,7 +156,7 @@ class Push:
             commit_s = deadlines.for_bytes(deadlines.commit_s, session.total_nbytes)
             report = self._meet(
                 "write",
-                lambda: session.write(self._version, timeout_s=write_s),
+                lambda: self._write(session, write_s),
                 lambda _: self._commit_and_resume(session, commit_s),
                 kind=None, result=PushReport, work_s=write_s,
                 decide_s=commit_s + deadlines.resume_s + 2 * deadlines.grace_s,
@@ -210,6 +210,11 @@ class Push:
         self._enter("begin")
         transaction.begin()
         self._enter("write")
+
+    def _write(self, session: Session, timeout_s: float) -> None:
+        if self._transaction is not None:  # rank 0
+            self._transaction.check_held()
+        session.write(self._version, timeout_s=timeout_s)
 
     def _commit_and_resume(self, session: Session, commit_s: float) -> PushReport:
         transaction = self._transaction

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from enum import IntEnum
 
-from weightsync.errors import StateError, WeightSyncError
+from weightsync.errors import DeadlineError, StaleEpochError, StateError, WeightSyncError
 from weightsync.protocol import (
     AbortRequest,
     BeginRequest,
@@ -20,6 +21,10 @@ from weightsync_client.control import Agent, Fleet
 from weightsync_client.report import AgentOutcome
 from weightsync_client.session import Session
 from weightsync_client.settings import Deadlines
+
+#: a push that its agents heard of so lately is not given up by them
+_FRESH_S = 1.0
+_TRIES = 3
 
 
 class Stage(IntEnum):
@@ -68,6 +73,7 @@ class Transaction:
         self._pause_mode = pause_mode
         self.stages = [Stage.UNTOUCHED] * len(fleet.agents)
         self._seconds: list[dict[str, float]] = [{} for _ in fleet.agents]
+        self._heard_at = 0.0
 
     @property
     def began(self) -> bool:
@@ -113,7 +119,42 @@ class Transaction:
             self.stages[agent.index] = Stage.BEGINNING
             agent.post("/begin_update", request, StepResponse, timeout_s=self._deadlines.begin_s)
 
+        self._heard_at = time.monotonic()
         self._fleet.each(call)
+
+    def check_held(self) -> None:
+        """Right before the writes: if the begin was a while ago, ask the agents if it still holds.
+
+        A trainer that stood still was given up meanwhile, and the engine may serve the version of
+        another push by now.  A network card would refuse the late writes; on one host, where a
+        peer's memory can be written without its help, nothing else does (WS-8).
+
+        Raises:
+            StaleEpochError: An agent has given this push up; nothing was written.
+            DeadlineError: Agents or this process are too slow to be sure; nothing was written.
+        """
+
+        def call(agent: Agent) -> None:
+            status = agent.get("/status", timeout_s=self._deadlines.status_s)
+            if (status.get("state"), status.get("pause_owner")) != ("receiving", self._push_id):
+                raise StaleEpochError(
+                    f"agent {agent.url} has given push {self._push_id} up: it was not heard of for "
+                    f"too long, and the engine is {status.get('state')} now",
+                    hint="push again; raise the agent's --push-idle-timeout-s if this trainer may "
+                    "stand still for so long",
+                    agent=agent.url,
+                )
+
+        for _ in range(_TRIES):
+            asked = time.monotonic()
+            if asked - self._heard_at < _FRESH_S:
+                return
+            self._fleet.each(call)
+            self._heard_at = asked
+        raise DeadlineError(
+            f"{_TRIES} looks at the agents, one after another, took over {_FRESH_S:g} s each",
+            hint="is this machine, or an agent's, out of memory or CPU?",
+        )
 
     def commit(self, *, timeout_s: float) -> None:
         """Make the version real everywhere.  Every write has completed.
