@@ -1,0 +1,61 @@
+"""One engine for all tests here, one agent a module, and every test starts from ready."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.support.models import make_model
+from tests.support.stack import QUICK, Daemon, Stack, new_engine
+from weightsync_client import Deadlines
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model("qwen3", tmp_path_factory.mktemp("model"), seed=0)
+
+
+@pytest.fixture(scope="session")
+def engine(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    engine = new_engine(checkpoint, tmp_path_factory.mktemp("engine") / "engine.log")
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+@pytest.fixture(scope="module")
+def agent_options() -> Sequence[str]:
+    """A module's own options of its agent."""
+    return ()
+
+
+@pytest.fixture(scope="module")
+def deadlines() -> Deadlines:
+    """A module's own deadlines of its trainer."""
+    return QUICK
+
+
+@pytest.fixture(scope="module")
+def _stack(
+    checkpoint: Path,
+    engine: Daemon,
+    agent_options: Sequence[str],
+    deadlines: Deadlines,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Stack]:
+    folder = tmp_path_factory.mktemp("stack")
+    stack = Stack(checkpoint, folder, engine, agent_options, deadlines)
+    try:
+        yield stack
+    finally:
+        stack.close()
+
+
+@pytest.fixture
+def stack(_stack: Stack) -> Stack:
+    _stack.heal()
+    return _stack

@@ -1,0 +1,195 @@
+"""Trainer, engine or agent dies in mid-push: the engine never serves half of anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.stack import TOKEN, Stack, environ, save
+from tests.support.trainer import Trainer, trainer_held_at
+from weightsync.errors import (
+    AgentUnreachableError,
+    EngineDetachedError,
+    EnginePausedError,
+    StateError,
+    TransportError,
+    WeightSyncError,
+)
+
+pytestmark = pytest.mark.nixl
+
+IDLE_S = 1.5
+
+
+@pytest.fixture(scope="module")
+def agent_options() -> list[str]:
+    return ["--push-idle-timeout-s", str(IDLE_S)]
+
+
+@pytest.fixture
+def trainer_at(stack: Stack, tmp_path: Path) -> Callable[[str], AbstractContextManager[Trainer]]:
+    folder = save(stack.weights(), stack.checkpoint, tmp_path / "dying")
+
+    def start(phase: str) -> AbstractContextManager[Trainer]:
+        return trainer_held_at(
+            phase,
+            agent=stack.agent.url,
+            token=TOKEN,
+            weights=folder / "model.safetensors",
+            env=environ(),
+            log=stack.folder / "trainer.log",
+        )
+
+    return start
+
+
+TrainerAt = Callable[[str], AbstractContextManager[Trainer]]
+
+
+# ------------------------------------------------------------------ the trainer
+
+
+def test_a_trainer_killed_after_begin_leaves_a_torn_engine_that_a_whole_push_repairs(
+    stack: Stack, trainer_at: TrainerAt
+) -> None:
+    with trainer_at("write") as trainer:
+        push = stack.status()["pause_owner"]
+        trainer.kill()
+        stack.wait_for_state("torn", timeout_s=IDLE_S + 10)
+    stack.assert_torn()
+    error = next(e for e in stack.status()["last_errors"] if push in e["detail"])
+    assert error["code"] == "deadline_exceeded"
+    assert f"not heard of for {IDLE_S:g} s while the engine was receiving" in error["detail"]
+    stack.assert_a_whole_push_works()
+
+
+def test_a_trainer_killed_between_write_and_commit_leaves_a_torn_engine(
+    stack: Stack, trainer_at: TrainerAt
+) -> None:
+    with trainer_at("commit") as trainer:
+        trainer.kill()
+        stack.wait_for_state("torn", timeout_s=IDLE_S + 10)
+    stack.assert_torn()
+    stack.assert_a_whole_push_works()
+
+
+def test_a_trainer_killed_before_begin_costs_nothing(stack: Stack, trainer_at: TrainerAt) -> None:
+    held = stack.held()
+    with trainer_at("begin") as trainer:
+        assert stack.state == "paused"
+        trainer.kill()
+        stack.wait_for_state("ready", timeout_s=IDLE_S + 10)
+    assert "while the engine was paused: given up" in stack.last_error()["detail"]
+    stack.assert_serves(held)
+    stack.assert_a_whole_push_works()
+
+
+def test_ctrl_c_in_mid_push_aborts_at_once_and_the_next_push_repairs(
+    stack: Stack, trainer_at: TrainerAt
+) -> None:
+    with trainer_at("write") as trainer:
+        assert trainer.interrupt() != 0
+        assert stack.state == "torn"  # told by the trainer, not found out by the idle deadline
+    stack.assert_torn()
+    assert stack.status()["last_push"]["outcome"] == "torn"
+    stack.assert_a_whole_push_works()
+
+
+def test_ctrl_c_before_begin_gives_the_engine_back(stack: Stack, trainer_at: TrainerAt) -> None:
+    held = stack.held()
+    with trainer_at("begin") as trainer:
+        assert trainer.interrupt() != 0
+        stack.assert_serves(held)
+    stack.assert_a_whole_push_works()
+
+
+def test_late_writes_of_a_trainer_that_was_given_up_reach_nothing(
+    stack: Stack, trainer_at: TrainerAt
+) -> None:
+    with trainer_at("write") as trainer:
+        stack.wait_for_state("torn", timeout_s=IDLE_S + 10)
+        weights = stack.weights()
+        report = stack.push(weights)
+        told = trainer.go_on()
+    assert told["phase"] in {"write", "commit"}
+    assert told["error"] in {"PeerLostError", "TransferFailedError", "StaleEpochError"}, told
+    stack.assert_holds(weights, report.version)
+    stack.assert_a_whole_push_works()
+
+
+# ------------------------------------------------------------------ the engine
+
+
+@pytest.mark.parametrize("phase", ["write", "commit"])
+def test_an_engine_killed_in_mid_push_is_a_clear_error_and_its_restart_is_joined(
+    stack: Stack, phase: str
+) -> None:
+    before = stack.status()["workers"][0]["instance"]
+    with stack.events() as events:
+        error = stack.failing_push(WeightSyncError, at=phase, do=stack.engine.kill)
+        assert isinstance(error, TransportError | EngineDetachedError), repr(error)
+        assert error.context["phase"] in {"write", "commit"}
+        assert error.context["elapsed_s"] < 10
+        stack.wait_for_state("detached")
+        assert stack.get("/readyz").json()["code"] == "engine_detached"
+        stack.engine.start()
+        stack.wait_for_state("ready", timeout_s=40)
+    stack.engine.wait_alive()
+    after = stack.status()
+    assert after["workers"][0]["instance"] != before
+    assert after["session"] is None
+    states = [e["state"] for e in events if "state" in e]
+    assert states[-2:] == ["detached", "ready"]
+    assert events[-1]["cause"] == "Attached"
+    stack.assert_a_whole_push_works()
+
+
+# ------------------------------------------------------------------ the agent
+
+
+def test_an_agent_killed_in_mid_push_finds_the_torn_engine_when_it_is_back(stack: Stack) -> None:
+    error = stack.failing_push(AgentUnreachableError, at="write", do=stack.agent.kill)
+    assert error.context["phase"] == "commit"
+    assert stack.agent.url in str(error)
+    assert "start weightsync-agent there" in error.hint
+    with pytest.raises(httpx.ReadTimeout):  # it was paused and stays so, with no agent about
+        stack.answer(timeout_s=0.3)
+    stack.agent.start()
+    stack.wait_for_state("torn")
+    stack.assert_torn()
+    stack.assert_a_whole_push_works()
+
+
+def test_an_agent_restarted_in_mid_push_refuses_the_commit_of_a_push_it_does_not_know(
+    stack: Stack,
+) -> None:
+    def restart() -> None:
+        stack.agent.kill()
+        stack.agent.start()
+        stack.wait_for_state("torn")
+
+    error = stack.failing_push(StateError, at="commit", do=restart)
+    assert error.context["phase"] == "commit"
+    assert error.code in {"engine_torn", "stale_epoch", "no_session"}
+    stack.assert_torn()
+    stack.assert_a_whole_push_works()
+
+
+def test_an_agent_killed_before_begin_finds_a_paused_engine_that_waits_for_a_person(
+    stack: Stack,
+) -> None:
+    held = stack.held()
+    error = stack.failing_push(AgentUnreachableError, at="begin", do=stack.agent.kill)
+    assert error.context["phase"] == "begin"
+    stack.agent.start()
+    # it cannot know who paused the engine, so it does not resume it
+    stack.wait_for_state("paused")
+    refused = stack.failing_push(EnginePausedError)
+    assert "POST /resume" in refused.hint
+    assert stack.post("/resume").json()["state"] == "ready"
+    stack.assert_serves(held)
+    stack.assert_a_whole_push_works()

@@ -1,0 +1,100 @@
+"""A trainer process that pushes once and stops at a phase, to be killed there or let go on.
+
+It prints a JSON object a line: ``{"held": PHASE}`` when it stops, and it goes on when a line comes
+in; at the end ``{"done": VERSION}`` or what went wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+class Trainer:
+    """The parent's end."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def read(self) -> dict[str, Any]:
+        """The next object; the test's own timeout bounds it."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):  # UCX logs to stdout, too
+                return dict(json.loads(line))
+        raise AssertionError(f"the trainer ended with {self._process.wait(10)}")
+
+    def go_on(self) -> dict[str, Any]:
+        """Let it go on; how it ended."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("go on\n")
+        self._process.stdin.flush()
+        return self.read()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait(10)
+
+    def interrupt(self) -> int:
+        """Ctrl-C; returns the exit status."""
+        self._process.send_signal(signal.SIGINT)
+        return self._process.wait(20)
+
+
+@contextmanager
+def trainer_held_at(
+    phase: str, *, agent: str, token: str, weights: Path, env: dict[str, str], log: Path
+) -> Iterator[Trainer]:
+    """A trainer that pushes the safetensors file ``weights`` and has come to ``phase``."""
+    command = [sys.executable, str(Path(__file__)), agent, token, str(weights), phase]
+    pipe = subprocess.PIPE
+    with log.open("ab") as err:
+        process = subprocess.Popen(
+            command, env=env, stdin=pipe, stdout=pipe, stderr=err, text=True, bufsize=1
+        )
+    trainer = Trainer(process)
+    try:
+        held = trainer.read()
+        assert held == {"held": phase}, held
+        yield trainer
+    finally:
+        process.kill()
+        process.wait(10)
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()
+
+
+def _main(agent: str, token: str, weights: str, phase: str) -> None:
+    from safetensors.torch import load_file
+
+    from weightsync.errors import WeightSyncError
+    from weightsync_client import Publisher
+    from weightsync_client.progress import LogProgress
+
+    def tell(**what: Any) -> None:
+        print(json.dumps(what), flush=True)
+
+    class Hold(LogProgress):
+        def started(self, now: str, version: int) -> None:
+            if now == phase:
+                tell(held=now)
+                sys.stdin.readline()
+
+    with Publisher([agent], token=token, progress=Hold()) as publisher:
+        try:
+            report = publisher.push(load_file(weights))
+        except WeightSyncError as error:
+            tell(error=type(error).__name__, message=str(error), phase=error.context["phase"])
+        else:
+            tell(done=report.version)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
