@@ -34,6 +34,14 @@ class Engine(StrEnum):
     torch = "torch"
 
 
+class Where(StrEnum):
+    """Devices that the demo can use."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 @app.callback()
 def _commands() -> None:
     """Keep ``demo`` a command of its own while it is the only one."""
@@ -59,6 +67,9 @@ def demo(
             help="Whether vLLM on CPU packs its linear weights: staged pushes, else direct ones.",
         ),
     ] = True,
+    device: Annotated[
+        Where, typer.Option(help="Where engine and trainer keep the weights.")
+    ] = Where.auto,
     tp: Annotated[int, typer.Option(min=1, max=64, help="Workers (tensor parallel).")] = 1,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")
@@ -88,6 +99,7 @@ def demo(
         config_file=model_config,
         pushes=pushes,
         packed=packed,
+        device=device.value,
         tp=tp,
         workdir=workdir,
         keep=keep,

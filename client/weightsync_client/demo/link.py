@@ -25,6 +25,7 @@ class TrainerLink:
         config_file: The model's config; None: the demo's own.
         folder: Where it saves ``v0`` and ``trained``.
         agent: The address that it pushes to.
+        device: Where it keeps the weights, ``cpu`` or ``cuda``.
         deadline: Of every wait.
     """
 
@@ -34,10 +35,11 @@ class TrainerLink:
         config_file: Path | None,
         folder: Path,
         agent: str,
+        device: str,
         deadline: Deadline,
     ) -> None:
         command = [sys.executable, "-m", "weightsync_client.demo.trainer"]
-        command += ["--folder", str(folder), "--agent", agent]
+        command += ["--folder", str(folder), "--agent", agent, "--device", device]
         if config_file is not None:
             command += ["--config", str(config_file.resolve())]
         self.process: Process = processes.start("trainer", command, talks=True)

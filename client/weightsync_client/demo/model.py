@@ -54,7 +54,7 @@ def draw_weights(model: nn.Module, seed: int) -> None:
     Matrices get a standard deviation that goes with their fan-in, so that activations keep their
     size at any width; norms lie in 0.5 to 1.5; biases, kept in buffers or not, are small.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     biases = [(n, b) for n, b in model.named_buffers() if _is_bias(n) and b.is_floating_point()]
     with torch.no_grad():
         for name, weight in [*model.named_parameters(), *biases]:

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from weightsync.errors import InputError
 
 EngineKind = Literal["vllm", "torch"]
+Device = Literal["auto", "cpu", "cuda"]
+_NVIDIA = Path("/dev/nvidiactl")
 
 
 class DemoOptions(BaseModel):
@@ -26,6 +28,8 @@ class DemoOptions(BaseModel):
     """How many times every weight is changed and pushed."""
     packed: bool = True
     """Whether vLLM on CPU packs its linear weights, as it does by default."""
+    device: Device = "auto"
+    """Where engine and trainer keep the weights; ``auto``: on GPUs where there are some."""
     tp: Annotated[int, Field(ge=1, le=64)] = 1
     """Workers that the engine is split over (tensor parallel)."""
     workdir: Path | None = None
@@ -34,6 +38,11 @@ class DemoOptions(BaseModel):
     """Whether the temporary folder stays even if all went well."""
     timeout_s: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] = 600.0
     """Seconds for the whole demo (WS-6)."""
+
+    @property
+    def cuda(self) -> bool:
+        """Whether the weights are on GPUs."""
+        return self.device == "cuda" or (self.device == "auto" and _NVIDIA.exists())
 
     def check(self) -> None:
         """What can be told before anything is started.

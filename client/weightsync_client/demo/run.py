@@ -95,7 +95,12 @@ class _Demo:
         view, folder = self._view, self._folder
         first = Stack("first", self._options, self._processes, self._deadline)
         trainer = TrainerLink(
-            self._processes, self._options.config_file, folder, first.agent_url, self._deadline
+            self._processes,
+            self._options.config_file,
+            folder,
+            first.agent_url,
+            "cuda" if self._options.cuda else "cpu",
+            self._deadline,
         )
         view.working("making a model with random weights")
         made = trainer.wait("made")

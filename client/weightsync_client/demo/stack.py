@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import sys
 import time
@@ -27,6 +28,11 @@ from weightsync_client.demo.processes import Deadline, Process, Processes, end_a
 _POLL_S = 0.1
 _CALL_S = 120.0
 _LOCAL = "http://127.0.0.1"
+# whole CUDA graphs, whose replays must see the new weights, without the minute of a compilation
+_CUDA_OPTIONS = (
+    *("--compilation-config", '{"mode": 0, "cudagraph_mode": "FULL"}'),
+    *("--gpu-memory-utilization", "0.5", "--kv-cache-memory-bytes", str(1 << 30)),
+)
 # asking again changes nothing about these
 _HOPELESS = {TraceError.code, RefusedError.code, ManifestError.code}
 
@@ -58,12 +64,17 @@ def engine_command(options: DemoOptions, model: Path, port: int, context: int) -
     """
     place = ["--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
     if options.engine == "torch":
-        return [sys.executable, "-m", "weightsync_server.engines.torch_host", *place]
+        device = "cuda" if options.cuda else "cpu"
+        return [
+            *(sys.executable, "-m", "weightsync_server.engines.torch_host"),
+            *(*place, "--device", device),
+        ]
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", *place),
         *("--worker-extension-cls", "weightsync_server.worker.WeightsyncWorker"),
         *("--middleware", "weightsync_server.middleware.WeightsyncMiddleware"),
-        *("--skip-tokenizer-init", "--dtype", "bfloat16", "--enforce-eager"),
+        *("--skip-tokenizer-init", "--dtype", "bfloat16"),
+        *(_CUDA_OPTIONS if options.cuda else ("--enforce-eager",)),
         *("--max-model-len", str(context), "--tensor-parallel-size", str(options.tp)),
     ]
 
@@ -72,12 +83,26 @@ def engine_environ(options: DemoOptions) -> dict[str, str]:
     """What the engine sees beside :func:`shared_environ`."""
     if options.engine == "torch":
         return {}
+    if options.cuda:
+        # the trainer keeps to the first GPU; all are visible, so that peers can be mapped
+        return {"VLLM_NO_USAGE_STATS": "1", "CUDA_VISIBLE_DEVICES": _engine_gpus()}
     return {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
         **({} if options.packed else {"WEIGHTSYNC_VLLM_CPU_PLAIN": "1"}),
     }
+
+
+def _engine_gpus() -> str:
+    """All GPUs, the trainer's (the first) last."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        count = sum(1 for path in Path("/dev").glob("nvidia[0-9]*"))
+        gpus = [str(k) for k in range(count)]
+    else:
+        gpus = visible.split(",")
+    return ",".join([*gpus[1:], gpus[0]]) if gpus else ""
 
 
 def context_tokens(max_positions: int | None) -> int:

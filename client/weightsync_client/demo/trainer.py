@@ -51,13 +51,15 @@ class Events:
         """Nothing: the error itself is sent."""
 
 
-def train(config_file: Path | None, folder: Path, agent: str, lines: TextIO, out: Events) -> None:
+def train(
+    config_file: Path | None, folder: Path, agent: str, device: str, lines: TextIO, out: Events
+) -> None:
     """Make version 0, then do as told until ``lines`` end.
 
     Raises:
         WeightSyncError: The config cannot be used, or a push failed.
     """
-    model = new_model(config_file)
+    model = new_model(config_file).to(device)
     draw_weights(model, seed=0)
     model.save_pretrained(folder / "v0")
     out.send("made", **describe_model(model))
@@ -79,12 +81,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--agent", required=True)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     with _own_stdout() as out:
         events = Events(out)
         try:
-            train(options.config, options.folder, options.agent, sys.stdin, events)
+            train(
+                options.config,
+                options.folder,
+                options.agent,
+                options.device,
+                sys.stdin,
+                events,
+            )
         except WeightSyncError as error:
             logging.getLogger(__name__).exception("the trainer ends")
             problem = error.to_problem()
