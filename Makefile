@@ -6,7 +6,7 @@ ARGS ?=
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-vllm pytest lint format wheel constraints clean
+.PHONY: help venv demo test test-slow test-vllm test-gpu pytest lint format wheel constraints clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test-vllm: venv ## the tests that start a real vLLM (minutes)
 
 test-slow: venv ## the tests that are too slow for CI, vLLM's among them (many minutes)
 	$(PYTEST) -m slow $(ARGS)
+
+test-gpu: ## the tests that need CUDA GPUs, with the python that is there (PYTHON=python3)
+	PYTHONPATH=.:server:client:$$PYTHONPATH $(or $(PYTHON),python3) -m pytest -m gpu $(ARGS)
 
 lint: venv ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
