@@ -187,7 +187,9 @@ def check_names(
         ManifestError: A tensor that every engine drops; ``context["names"]`` lists all of them.
         PlanError: A tensor that no worker copies and some worker does not even know.
     """
-    used = {record.tensor for layout in layouts for record in layout.records}
+    # Workers that want all alike may share their records.
+    distinct = {id(layout.records): layout.records for layout in layouts}.values()
+    used = {record.tensor for records in distinct for record in records}
     # Tied tensors are one memory: whichever of them the engine takes will do.
     tied = {spec.alias_of or spec.name for spec in manifest if spec.name in used}
     left = [

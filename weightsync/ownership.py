@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 from weightsync.dtypes import itemsize
 from weightsync.errors import ManifestError, PlanError
 from weightsync.geometry import Box, StridedCopy
-from weightsync.manifest import Manifest, TensorSpec
+from weightsync.manifest import Manifest
 
 #: What every rank holds: for each rank, the boxes of each checkpoint tensor by name.
 Holdings = Sequence[Mapping[str, Sequence[Box]]]
@@ -74,34 +74,49 @@ def assign(
     if holdings is None:
         whole = {name: Box.whole(manifest.by_name[name].shape) for name in wire_nbytes}
         return {n: Cells(box.hi, [Cell(box, 0, 0, box)]) for n, box in whole.items()}
-    _check(manifest, holdings)
-    found: dict[str, list[Cell]] = {name: [] for name in wire_nbytes}
+    held = _by_tensor(manifest, holdings)
+    found: dict[str, Cells] = {}
+    patterns: dict[object, _Pattern] = {}
     loads = [0] * len(holdings)
     shared: list[tuple[int, int, Box, list[_Owner]]] = []
+    taken: dict[int, list[Cell]] = {}
     for order, (name, nbytes) in enumerate(wire_nbytes.items()):
         spec = manifest.by_name[name]
-        for window, owners in _disjoint(spec, holdings):
+        owners = held.get(name, [])
+        # Most tensors of a model are held alike; what follows from that is worked out once.
+        key = (spec.shape, tuple(owners))
+        pattern = patterns.get(key)
+        if pattern is None:
+            pattern = patterns[key] = _pattern(spec.shape, _disjoint(owners))
+        found[name] = pattern.own
+        for rank, numel in pattern.loads:
+            loads[rank] += nbytes * numel // spec.numel
+        if not pattern.shared:
+            continue
+        taken[order] = list(pattern.own.cells)
+        for window, several in pattern.shared:
             cost = nbytes * window.numel // spec.numel
-            if len(owners) == 1:
-                rank, index, storage = owners[0]
-                found[name].append(Cell(window, rank, index, storage))
-                loads[rank] += cost
-                continue
-            parts = min(len(owners), max(1, window.numel * itemsize(spec.dtype) // split_nbytes))
+            parts = min(len(several), max(1, window.numel * itemsize(spec.dtype) // split_nbytes))
             pieces = _split(window, parts)
-            shared += [(-(cost // len(pieces)), order, piece, owners) for piece in pieces]
+            shared += [(-(cost // len(pieces)), order, piece, several) for piece in pieces]
     # Largest first, each to the owner with the least to do so far.
-    names = list(wire_nbytes)
-    for cost, order, window, owners in sorted(shared, key=lambda s: (s[0], s[1], s[2].lo)):
-        rank, index, storage = min(owners, key=lambda owner: (loads[owner[0]], owner[0]))
-        found[names[order]].append(Cell(window, rank, index, storage))
+    for cost, order, window, several in sorted(shared, key=lambda s: (s[0], s[1], s[2].lo)):
+        rank, index, storage = min(several, key=lambda owner: (loads[owner[0]], owner[0]))
+        taken[order].append(Cell(window, rank, index, storage))
         loads[rank] -= cost
-    return {name: Cells(manifest.by_name[name].shape, cells) for name, cells in found.items()}
+    names = list(wire_nbytes)
+    for order, cells in taken.items():
+        found[names[order]] = Cells(manifest.by_name[names[order]].shape, cells)
+    return found
 
 
-def _check(manifest: Manifest, holdings: Holdings) -> None:
-    for rank, held in enumerate(holdings):
-        for name, boxes in held.items():
+def _by_tensor(manifest: Manifest, holdings: Holdings) -> dict[str, list[_Owner]]:
+    """Who holds each tensor; every box is checked."""
+    held: dict[str, list[_Owner]] = {}
+    # Ranks often share boxes between tensors of one shape: by identity, holdings keep them alive.
+    fine: set[tuple[int, tuple[int, ...]]] = set()
+    for rank, names in enumerate(holdings):
+        for name, boxes in names.items():
             spec = manifest.by_name.get(name)
             if spec is None:
                 raise ManifestError(
@@ -110,8 +125,10 @@ def _check(manifest: Manifest, holdings: Holdings) -> None:
                     rank=rank,
                     tensor=name,
                 )
-            for box in boxes:
-                if not box.fits(spec.shape):
+            owners = held.setdefault(name, [])
+            for index, box in enumerate(boxes):
+                key = (id(box), spec.shape)
+                if key not in fine and not box.fits(spec.shape):
                     raise PlanError(
                         f"rank {rank} holds {list(box.lo)}..{list(box.hi)} of {name!r}, whose "
                         f"shape is {list(spec.shape)}",
@@ -119,15 +136,41 @@ def _check(manifest: Manifest, holdings: Holdings) -> None:
                         rank=rank,
                         tensor=name,
                     )
+                fine.add(key)
+                owners.append((rank, index, box))
+    return held
 
 
-def _disjoint(spec: TensorSpec, holdings: Holdings) -> list[tuple[Box, list[_Owner]]]:
+@dataclass(frozen=True, slots=True)
+class _Pattern:
+    """How a tensor is held.
+
+    Attributes:
+        own: What one rank alone holds, as its cells.
+        loads: Those cells' ranks and elements.
+        shared: Parts that several ranks hold.
+    """
+
+    own: Cells
+    loads: list[tuple[int, int]]
+    shared: list[tuple[Box, list[_Owner]]]
+
+
+def _pattern(shape: tuple[int, ...], disjoint: list[tuple[Box, list[_Owner]]]) -> _Pattern:
+    own = [Cell(window, *owners[0]) for window, owners in disjoint if len(owners) == 1]
+    return _Pattern(
+        Cells(shape, own),
+        [(cell.rank, cell.window.numel) for cell in own],
+        [(window, owners) for window, owners in disjoint if len(owners) > 1],
+    )
+
+
+def _disjoint(holders: Sequence[_Owner]) -> list[tuple[Box, list[_Owner]]]:
     """Disjoint boxes of what is held, each with all ranks that hold it, once a rank."""
     owners: dict[Box, dict[int, _Owner]] = {}
-    for rank, boxes in enumerate(holdings):
-        for index, box in enumerate(boxes.get(spec.name, ())):
-            if box.numel:
-                owners.setdefault(box, {}).setdefault(rank, (rank, index, box))
+    for rank, index, box in holders:
+        if box.numel:
+            owners.setdefault(box, {}).setdefault(rank, (rank, index, box))
     if not _any_overlap(list(owners)):
         return [(box, list(held.values())) for box, held in owners.items()]
     cells: list[tuple[Box, dict[int, _Owner]]] = []

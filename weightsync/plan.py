@@ -13,23 +13,18 @@ from functools import cached_property
 
 import numpy as np
 
-from weightsync.coverage import (
-    AddressSpace,
-    Fault,
-    check_names,
-    check_record,
-    check_untouched,
-    nearest,
-)
+from weightsync.coverage import AddressSpace, Fault, check_names, nearest
 from weightsync.dtypes import itemsize
 from weightsync.errors import ManifestError, PlanError
-from weightsync.geometry import Int64s, StridedCopy, clip, dst_runs, strided_copy
-from weightsync.layout import CopyRecord, KernelRegion, WorkerLayout
+from weightsync.geometry import dst_runs
+from weightsync.layout import CopyRecord, WorkerLayout
 from weightsync.manifest import Manifest
 from weightsync.ownership import Cells, Holdings, assign
-from weightsync.slots import Fill, Piece, Slots, Write, fills
+from weightsync.slots import Fill, Slots, Write, fills
+from weightsync.survey import Runs, address_space, all_runs, pieces_of
+from weightsync.targets import Places, Target, find_targets
 
-__all__ = ["Fill", "Holdings", "TransportPlan", "Write", "build_plan", "build_plans"]
+__all__ = ["Fill", "Holdings", "Job", "TransportPlan", "Write", "build_plan", "build_plans"]
 
 #: replicated tensors are shared out in parts of at least this: small enough to balance, large
 #: enough that a part's descriptor costs nothing beside its bytes
@@ -115,155 +110,90 @@ def build_plans(
             f"no such rank among {list(ranks)}: {world_size} ranks declared what they hold",
             hint="every rank gathers the holdings of all ranks",
         )
-    if not layouts:
-        raise PlanError("no worker has a layout", hint="make a rendezvous with an agent first")
-    targets, places = _targets(manifest, layouts)
-    check_names(manifest, layouts, allow_skipped=allow_skipped)
-    wire: dict[str, int] = {}
-    for target in targets:
-        for record, copy in target.copies:
-            nbytes = copy.numel * target.itemsize * target.workers
-            wire[record.tensor] = wire.get(record.tensor, 0) + nbytes
-    cells = assign(manifest, holdings, wire, split_nbytes=split_nbytes)
-    survey = _survey(targets, cells, frozenset(ranks))
-    _prove(survey, targets, cells)
-    return [_plan_of(rank, survey, targets, places) for rank in ranks]
+    job = Job.of(
+        manifest, layouts, holdings, allow_skipped=allow_skipped, split_nbytes=split_nbytes
+    )
+    job.prove()
+    return [job.plan(rank) for rank in ranks]
 
 
-@dataclass(slots=True)
-class _Target:
-    """Region content that one or more workers want alike; ``worker`` is the first of them."""
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What all ranks together write, before it is cut into plans.
 
-    layout: WorkerLayout
-    region: KernelRegion
-    itemsize: int
-    copies: list[tuple[CopyRecord, StridedCopy]]
-    workers: int = 1
-
-    @property
-    def name(self) -> str:
-        return f"kernel tensor {self.region.name!r} of {self.layout.place}"
-
-
-#: for every worker, the index of each region's target
-_Places = list[list[int]]
-
-
-def _targets(manifest: Manifest, layouts: Sequence[WorkerLayout]) -> tuple[list[_Target], _Places]:
-    targets: list[_Target] = []
-    seen: dict[object, int] = {}
-    places: _Places = []
-    for layout in layouts:
-        records: list[list[CopyRecord]] = [[] for _ in layout.regions]
-        for record in layout.records:
-            if not 0 <= record.region < len(records):
-                raise PlanError(
-                    f"{layout.place}: a copy from {record.tensor!r} goes to region "
-                    f"{record.region} of {len(records)}",
-                    hint="the engine's layout is broken: trace it again",
-                )
-            records[record.region].append(record)
-        here: list[int] = []
-        for region, wanted in zip(layout.regions, records, strict=True):
-            content = tuple(
-                (r.tensor, r.shape, r.src_offset, r.src_strides, r.dst_offset, r.dst_strides)
-                for r in wanted
-            )
-            key = (region.dtype, region.nbytes, region.untouched, content)
-            known = seen.setdefault(key, len(targets))
-            if known < len(targets):
-                targets[known].workers += 1
-            else:
-                targets.append(_target(manifest, layout, region, wanted))
-            here.append(known)
-        places.append(here)
-    return targets, places
-
-
-def _target(
-    manifest: Manifest, layout: WorkerLayout, region: KernelRegion, records: list[CopyRecord]
-) -> _Target:
-    size = itemsize(region.dtype)
-    target = _Target(layout, region, size, [])
-    check_untouched(region, target.name)
-    for record in records:
-        check_record(record, manifest, layout, size)
-        copy = strided_copy(
-            record.shape,
-            record.src_offset,
-            record.src_strides,
-            record.dst_offset,
-            record.dst_strides,
-        )
-        if copy is not None:
-            target.copies.append((record, copy))
-    return target
-
-
-# ------------------------------------------------------------------ who writes what, and the proof
-
-
-@dataclass(frozen=True, slots=True)
-class _Survey:
-    """All bytes that all ranks write, in one address space; pieces of the wanted ranks alone.
-
-    ``runs[rank]`` are starts and stops.
+    Attributes:
+        targets: What the workers want, once each.
+        places: For every worker, the target of each of its regions.
+        cells: Who writes each tensor.
     """
 
-    space: AddressSpace
-    pieces: dict[int, list[Piece]]
-    runs: dict[int, tuple[Int64s, Int64s]]
+    targets: list[Target]
+    places: Places
+    cells: dict[str, Cells]
+
+    @classmethod
+    def of(
+        cls,
+        manifest: Manifest,
+        layouts: Sequence[WorkerLayout],
+        holdings: Holdings | None = None,
+        *,
+        allow_skipped: Sequence[str] = (),
+        split_nbytes: int = SPLIT_NBYTES,
+    ) -> Job:
+        """Share the work out; arguments and errors as of :func:`build_plan`.
+
+        Whether it comes out whole is not known before :meth:`prove`.
+        """
+        if not layouts:
+            raise PlanError("no worker has a layout", hint="make a rendezvous with an agent first")
+        targets, places = find_targets(manifest, layouts)
+        check_names(manifest, layouts, allow_skipped=allow_skipped)
+        wire: dict[str, int] = {}
+        for target in targets:
+            each = target.itemsize * len(target.workers)
+            for record, form in zip(target.records, target.forms, strict=True):
+                wire[record.tensor] = wire.get(record.tensor, 0) + form.numel * each
+        return cls(targets, places, assign(manifest, holdings, wire, split_nbytes=split_nbytes))
+
+    @cached_property
+    def space(self) -> AddressSpace:
+        """One address space for all targets."""
+        return address_space(self.targets)
+
+    @cached_property
+    def runs(self) -> Runs:
+        """Every byte that some rank writes."""
+        return all_runs(self.targets, self.space, self.cells)
+
+    def prove(self) -> None:
+        """The coverage proof: all ranks together write every byte once.
+
+        One rank may do it for all, since all have the same job; each worker proves its own part
+        again when it is told of the writes.
+
+        Raises:
+            ManifestError: Kernel bytes for which there is no tensor.
+            PlanError: Bytes that no rank holds, or that are written twice.
+        """
+        _prove(self)
+
+    def plan(self, rank: int) -> TransportPlan:
+        """One rank's part.  It costs what the rank holds, not what the job is."""
+        return _plan_of(rank, self)
 
 
-def _survey(targets: Sequence[_Target], cells: dict[str, Cells], ranks: frozenset[int]) -> _Survey:
-    space = AddressSpace([target.region.nbytes for target in targets])
-    pieces: dict[int, list[Piece]] = {rank: [] for rank in ranks}
-    singles: dict[int, tuple[list[int], list[int]]] = {}
-    tables: dict[int, list[tuple[Int64s, Int64s]]] = {}
-    for target, base in zip(targets, space.bases.tolist(), strict=False):
-        size, dtype = target.itemsize, target.region.dtype
-        for record, copy in target.copies:
-            for rank, box, part in _parts(copy, cells[record.tensor]):
-                runs, length = dst_runs(part)
-                if isinstance(runs, int):
-                    starts, stops = singles.setdefault(rank, ([], []))
-                    starts.append(base + runs * size)
-                    stops.append(base + (runs + length) * size)
-                else:
-                    table = base + runs * size
-                    tables.setdefault(rank, []).append((table, table + length * size))
-                if rank in pieces:
-                    pieces[rank].append(Piece(record.tensor, box, part, dtype, size, base))
-    joined: dict[int, tuple[Int64s, Int64s]] = {}
-    for rank in sorted(pieces.keys() | singles.keys() | tables.keys()):
-        starts, stops = singles.get(rank, ([], []))
-        more = tables.get(rank, [])
-        joined[rank] = (
-            np.concatenate((np.array(starts, dtype=np.int64), *(first for first, _ in more))),
-            np.concatenate((np.array(stops, dtype=np.int64), *(stop for _, stop in more))),
-        )
-    return _Survey(space, pieces, joined)
+# ------------------------------------------------------------------ the proof
 
 
-def _parts(copy: StridedCopy, cells: Cells) -> Iterator[tuple[int, int, StridedCopy]]:
-    """Who makes which part of a copy: (rank, its box, the part)."""
-    for cell in cells.near(copy):
-        if cell.window.shape == cells.shape == cell.storage.shape:
-            yield cell.rank, cell.box, copy
-        else:
-            for part in clip(copy, cells.shape, cell.window, cell.storage):
-                yield cell.rank, cell.box, part
-
-
-def _prove(survey: _Survey, targets: Sequence[_Target], cells: dict[str, Cells]) -> None:
-    holes, twice = survey.space.faults(
-        np.concatenate([starts for starts, _ in survey.runs.values()]),
-        np.concatenate([stops for _, stops in survey.runs.values()]),
-        [target.region.untouched for target in targets],
+def _prove(job: Job) -> None:
+    targets, cells = job.targets, job.cells
+    holes, twice = job.space.faults(
+        job.runs.starts, job.runs.stops, [target.region.untouched for target in targets]
     )
     if twice:
         fault, target = twice[0], targets[twice[0].region]
-        tensors = [record.tensor for record, _ in _writers(target, fault)]
+        tensors = [record.tensor for record in _writers(target, fault)]
         raise PlanError(
             f"{target.name}: {_span(fault, target)} would be written more than once, or are "
             f"declared untouched and written; copies there: {', '.join(tensors)}",
@@ -275,7 +205,7 @@ def _prove(survey: _Survey, targets: Sequence[_Target], cells: dict[str, Cells])
     if holes:
         fault, target = holes[0], targets[holes[0].region]
         context = {"region": target.region.name, "bytes": [fault.start, fault.stop]}
-        for record, _ in _writers(target, fault):
+        for record in _writers(target, fault):
             held = cells[record.tensor]
             raise PlanError(
                 f"{target.name}: {_span(fault, target)} come from checkpoint tensor "
@@ -286,7 +216,7 @@ def _prove(survey: _Survey, targets: Sequence[_Target], cells: dict[str, Cells])
                 faults=len(holes),
                 **context,
             )
-        others = sorted({record.tensor for record, _ in target.copies})
+        others = sorted({record.tensor for record in target.records})
         near = nearest(target.region.name, sorted(cells))
         raise ManifestError(
             f"{target.name}: no checkpoint tensor fills {_span(fault, target)}"
@@ -299,28 +229,30 @@ def _prove(survey: _Survey, targets: Sequence[_Target], cells: dict[str, Cells])
         )
 
 
-def _span(fault: Fault, target: _Target) -> str:
+def _span(fault: Fault, target: Target) -> str:
     first, stop = fault.start // target.itemsize, -(-fault.stop // target.itemsize)
     return f"bytes [{fault.start}, {fault.stop}) (elements [{first}, {stop}))"
 
 
-def _writers(target: _Target, fault: Fault) -> Iterator[tuple[CopyRecord, StridedCopy]]:
+def _writers(target: Target, fault: Fault) -> Iterator[CopyRecord]:
     """The copies of a target that write some byte of a fault."""
-    for record, copy in target.copies:
-        runs, length = dst_runs(copy)
-        starts = np.atleast_1d(np.asarray(runs, dtype=np.int64)) * target.itemsize
-        if ((starts < fault.stop) & (fault.start < starts + length * target.itemsize)).any():
-            yield record, copy
+    size = target.itemsize
+    for record, form in zip(target.records, target.forms, strict=True):
+        if form.copy is None:
+            continue
+        runs, length = dst_runs(form.copy)
+        starts = (np.atleast_1d(np.asarray(runs, dtype=np.int64)) + record.dst_offset) * size
+        if ((starts < fault.stop) & (fault.start < starts + length * size)).any():
+            yield record
 
 
 # ------------------------------------------------------------------ one rank's part
 
 
-def _plan_of(
-    rank: int, survey: _Survey, targets: Sequence[_Target], places: _Places
-) -> TransportPlan:
-    slots = Slots.lay_out(*survey.runs[rank])
-    made = tuple(fills(survey.pieces[rank], slots))
+def _plan_of(rank: int, job: Job) -> TransportPlan:
+    pieces, starts, stops = pieces_of(rank, job.targets, job.space, job.cells)
+    slots = Slots.lay_out(starts, stops)
+    made = tuple(fills(pieces, slots))
     # The proof counts what is written; what is written must also have been filled.
     filled_nbytes = sum(math.prod(fill.shape) * itemsize(fill.dtype) for fill in made)
     if filled_nbytes != slots.filled_nbytes:
@@ -328,17 +260,19 @@ def _plan_of(
             f"rank {rank} would fill {filled_nbytes} bytes of {slots.filled_nbytes} that it writes",
             hint="this is a defect of weightsync: please report it with the layout",
         )
-    bases = survey.space.bases
+    bases = job.space.bases
     cuts = np.searchsorted(slots.starts, bases).tolist()
     origins = bases.tolist()
     nbytes = slots.stops - slots.starts
-    pieces = list(zip(slots.offsets.tolist(), nbytes.tolist(), slots.starts.tolist(), strict=True))
-    writes = tuple(
-        tuple(
-            Write(slot_offset, length, region, start - origins[target])
-            for region, target in enumerate(here)
-            for slot_offset, length, start in pieces[cuts[target] : cuts[target + 1]]
-        )
-        for here in places
-    )
+    merged = list(zip(slots.offsets.tolist(), nbytes.tolist(), slots.starts.tolist(), strict=True))
+    # Workers that want all alike have one list of places, and get one tuple of writes.
+    by_place: dict[int, tuple[Write, ...]] = {}
+    for here in job.places:
+        if id(here) not in by_place:
+            by_place[id(here)] = tuple(
+                Write(slot_offset, length, region, start - origins[target])
+                for region, target in enumerate(here)
+                for slot_offset, length, start in merged[cuts[target] : cuts[target + 1]]
+            )
+    writes = tuple(by_place[id(here)] for here in job.places)
     return TransportPlan(rank, slots.nbytes, made, writes)
