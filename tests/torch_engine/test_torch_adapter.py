@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from tests.support.models import KINDS, Kind, make_model, new_model
@@ -45,6 +46,35 @@ def test_loading_the_checkpoint_gives_from_pretraineds_bytes(kind, folders):
     loaded, live = dict(twin.named_parameters()), dict(adapter.live.named_parameters())
     assert loaded.keys() == live.keys()
     for name, parameter in live.items():
+        assert bytes_of(loaded[name]) == bytes_of(parameter), name
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.GPTNeoXConfig(
+            vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+            num_attention_heads=4,
+        ),
+        transformers.MixtralConfig(
+            vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
+def test_names_and_layouts_that_only_the_checkpoint_has_find_their_place(config, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    checkpoint = load_file(tmp_path / "model.safetensors")
+    assert checkpoint.keys() - model.state_dict().keys()
+    adapter = TorchAdapter(tmp_path)
+    twin = materialised_twin(adapter)
+
+    adapter.load(twin, checkpoint.items())
+
+    loaded = dict(twin.named_parameters())
+    for name, parameter in adapter.live.named_parameters():
         assert bytes_of(loaded[name]) == bytes_of(parameter), name
 
 

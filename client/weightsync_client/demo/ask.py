@@ -18,7 +18,8 @@ from weightsync.errors import EngineError
 PROBE_TOKENS = 8
 #: prompt and answer together; the engines are started with it
 CONTEXT_TOKENS = 128
-_REQUEST_S = 120.0
+#: the first answer of a large or split engine takes a minute on a small machine
+_REQUEST_S = 300.0
 _PROMPT_LENGTHS = (4, 7, 12, 3)
 _TRAFFIC_THREADS = 2
 _TRAFFIC_TOKENS = 48

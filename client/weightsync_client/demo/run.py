@@ -37,7 +37,7 @@ from weightsync_client.report import human_bytes
 
 #: what says that the engine cannot take such weights: nothing of it has changed then
 REFUSALS = (RefusedError, TraceError, ManifestError)
-_TRAFFIC_END_S = 60.0
+_TRAFFIC_END_S = 120.0
 
 
 def run_demo(options: DemoOptions, view: View | None = None) -> DemoResult:

@@ -26,7 +26,7 @@ from weightsync_client.demo.options import DemoOptions
 from weightsync_client.demo.processes import Deadline, Process, Processes, end_all, free_port
 
 _POLL_S = 0.1
-_CALL_S = 120.0
+_CALL_S = 300.0
 _LOCAL = "http://127.0.0.1"
 # whole CUDA graphs, whose replays must see the new weights, without the minute of a compilation
 _CUDA_OPTIONS = (

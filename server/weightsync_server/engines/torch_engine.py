@@ -6,21 +6,36 @@ they were loaded, nothing derived from them.
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from weightsync.layout import WorkerPlace
 from weightsync_server.engines.base import EngineAdapter
 
-# Checkpoints hold one matrix an expert and projection; transformers 5 fuses them in the module.
-_EXPERT = re.compile(
-    r"(?P<experts>.+\.experts)\.(?P<index>\d+)\.(?P<proj>gate|up|down)_proj\.weight"
-)
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Elements of a parameter's storage, counted from the parameter's first."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+    def of(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        whole = tensors[self.parameter]
+        if self.shape == whole.shape and self.strides == whole.stride():
+            return whole
+        return whole.as_strided(self.shape, self.strides, whole.storage_offset() + self.offset)
 
 
 class TorchAdapter(EngineAdapter):
@@ -58,6 +73,7 @@ class TorchAdapter(EngineAdapter):
         self._live = cast("nn.Module", live).to(self.device).eval().requires_grad_(False)
         self._dtype = live.dtype
         self._tied = _tied_names(self._live)
+        self._parts = _checkpoint_parts(self._live)
 
     @property
     def live(self) -> nn.Module:
@@ -90,9 +106,12 @@ class TorchAdapter(EngineAdapter):
         targets = cast("Mapping[str, torch.Tensor]", twin.state_dict(keep_vars=True))
         with torch.no_grad():
             for name, tensor in tensors:
-                if name in self._tied:
+                part = self._parts.get(name)
+                if part is None:
+                    raise KeyError(f"{name}: the model has no such tensor")
+                if part.parameter in self._tied:
                     continue
-                target = _target(targets, name)
+                target = part.of(targets)
                 # copy_ would broadcast a wrong shape in silence
                 if target.shape != tensor.shape:
                     raise ValueError(
@@ -124,18 +143,42 @@ def _tied_names(model: nn.Module) -> frozenset[str]:
     return frozenset(names - first)
 
 
-def _target(targets: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-    """The part of the model's tensors that the checkpoint tensor ``name`` fills."""
-    if name in targets:
-        return targets[name]
-    match = _EXPERT.fullmatch(name)
-    if match is not None:
-        experts, index, proj = match["experts"], int(match["index"]), match["proj"]
-        fused = targets.get(f"{experts}.{'down' if proj == 'down' else 'gate_up'}_proj")
-        if fused is not None and index < fused.shape[0]:
-            expert = fused.select(0, index)
-            if proj == "down":
-                return expert
-            half = expert.shape[0] // 2
-            return expert.narrow(0, 0 if proj == "gate" else half, half)
-    raise KeyError(f"{name}: the model has no such tensor")
+def _checkpoint_parts(model: nn.Module) -> dict[str, _Part]:
+    """The part of the model's tensors that each checkpoint tensor fills, by checkpoint name.
+
+    transformers 5 lays some modules out in another way than checkpoints (the experts of a layer
+    in one tensor, other names) and converts when it saves.  That conversion is run on meta tensors,
+    whose storages tell where its results come from.  What it computes is not in the answer.
+    """
+    tensors = model.state_dict()
+    metas = {
+        name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+        for name, t in tensors.items()
+    }
+    made: Mapping[str, torch.Tensor] = metas
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        pass  # transformers 4: modules are laid out as checkpoints are
+    else:
+        try:
+            with torch.no_grad(), _KeepViews():  # type: ignore[no-untyped-call]
+                made = revert_weight_conversion(model, dict(metas))
+        except RuntimeError as error:
+            # an operation that needs a contiguous input met a view
+            logger.warning("only tensors named as in the module can be loaded: %s", error)
+    owners = {t.untyped_storage()._cdata: name for name, t in metas.items()}
+    return {
+        name: _Part(owner, tuple(t.shape), t.stride(), int(t.storage_offset()))
+        for name, t in made.items()
+        if (owner := owners.get(t.untyped_storage()._cdata)) is not None
+    }
+
+
+class _KeepViews(TorchDispatchMode):
+    """Lets copies that only make a view contiguous be that view, so that it can be found again."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten.clone:
+            return torch.ops.aten.alias(args[0])
+        return func(*args, **(kwargs or {}))
