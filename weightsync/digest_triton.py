@@ -17,7 +17,6 @@ import triton.language as tl
 #: words that a program reads at a time, and how often; a program sums 512 KiB
 _TILE_WORDS = 4096
 _TILES = 32
-_CHUNK_WORDS = _TILE_WORDS * _TILES
 _NUM_WARPS = 8
 
 
@@ -96,7 +95,7 @@ def digest_sums(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     nbytes = np.array([p.numel() for p in pieces], dtype=np.int64)
     # by whole words: a tail never makes a chunk of its own, but in a piece that has nothing else
     words = addresses % 16 // 4 + nbytes // 4
-    chunks = np.where(nbytes > 0, np.maximum(-(-words // _CHUNK_WORDS), 1), 0)
+    chunks = np.where(nbytes > 0, np.maximum(-(-words // (_TILE_WORDS * _TILES)), 1), 0)
     programs = int(chunks.sum())
     if not programs:
         return sums

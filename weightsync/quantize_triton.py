@@ -5,9 +5,9 @@ capability 8.9 and newer) take the *native* way, all else, Triton's interpreter 
 steps in plain operations:
 
 * The quotient.  ``div.rn`` takes a dozen instructions an element; native takes ``r = 1 / scale``
-  once a block, ``q = x * r``, and one Newton step with the exact remainder, which yields the
-  correctly rounded quotient (P. Markstein, 1990).  A value and an amax have 8 significant bits
-  each, so that all pairs can be, and are, tested.
+  once a block, ``q = x * r``, and one Newton step with the remainder ``x - q * scale`` (after
+  P. Markstein, 1990).  That it yields the correctly rounded quotient is tested for all there is:
+  a value and an amax have 8 significant bits each.
 * The casts.  The interpreter's own (seen in Triton 3.6 and 3.9) round bfloat16 and the subnormal
   values of e4m3 wrongly.
 """
@@ -20,7 +20,8 @@ import triton.language as tl
 
 from weightsync.quantize import BLOCK
 
-_NUM_WARPS = 8
+#: 8 warps hold a block in registers, two programs on a multiprocessor
+_OPTIONS = {"num_warps": 8}
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -189,7 +190,7 @@ def _launch(
             encode=weight is not None,
             native=_casts_natively(first.device),
             block=BLOCK,
-            num_warps=_NUM_WARPS,
+            **_OPTIONS,
         )
 
 
