@@ -123,6 +123,7 @@ def end_all(processes: Sequence[Process], grace_s: float = _GRACE_S) -> None:
             process.signal(signal.SIGKILL)
         for process in running:
             process.popen.wait(_GRACE_S)
+        for process in processes:
             for pipe in (process.popen.stdin, process.popen.stdout):
                 if pipe is not None:
                     with contextlib.suppress(OSError):
