@@ -190,7 +190,7 @@ class Agent:
                 s = self.state
                 return 200, {
                     "state": s.phase, "version": s.version, "target": s.target,
-                    "session": s.session, "epoch": s.epoch,
+                    "session": s.session, "epoch": s.epoch, "pause_owner": s.owner,
                 }  # fmt: skip
             self.bodies[path] = json.loads(body)
             with self.lock:

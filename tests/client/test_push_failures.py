@@ -94,6 +94,31 @@ def test_a_write_that_never_completes_ends_at_its_deadline(
     assert agent.state.phase == "torn"
 
 
+def test_a_trainer_that_stood_still_after_begin_asks_before_it_writes(
+    agent: Agent, make_publisher: Make, model: nn.Module
+) -> None:
+    agent.after["/begin_update"] = lambda: time.sleep(1.1)
+    make_publisher(agent).push(model)
+    begin = agent.calls.index("/begin_update")
+    assert agent.calls[begin:] == ["/begin_update", "/status", "/commit_update", "/resume"]
+
+
+def test_a_trainer_that_was_given_up_writes_nothing(
+    agent: Agent, make_publisher: Make, model: nn.Module
+) -> None:
+    def give_up() -> None:
+        begun = agent.bodies["/begin_update"]
+        agent.abort_update({"session": begun["session"], "push_id": begun["push_id"]})
+        time.sleep(1.1)
+
+    agent.after["/begin_update"] = give_up
+    inject_at_pause(agent, Faults(dead=True, torn_nbytes=8))  # a write would be another error
+    with pytest.raises(StaleEpochError, match="has given push") as caught:
+        make_publisher(agent).push(model)
+    assert caught.value.context["phase"] == "write"
+    assert "/commit_update" not in agent.calls
+
+
 def test_ctrl_c_in_the_write_aborts_and_is_raised(
     agent: Agent, fabric: Fabric, make_publisher: Make, model: nn.Module
 ) -> None:
