@@ -67,6 +67,7 @@ def test_a_trainer_killed_after_begin_leaves_a_torn_engine_that_a_whole_push_rep
     stack.assert_a_whole_push_works()
 
 
+@pytest.mark.slow
 def test_a_trainer_killed_between_write_and_commit_leaves_a_torn_engine(
     stack: Stack, trainer_at: TrainerAt
 ) -> None:
@@ -99,6 +100,7 @@ def test_ctrl_c_in_mid_push_aborts_at_once_and_the_next_push_repairs(
     stack.assert_a_whole_push_works()
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_begin_gives_the_engine_back(stack: Stack, trainer_at: TrainerAt) -> None:
     held = stack.held()
     with trainer_at("begin") as trainer:
@@ -115,8 +117,9 @@ def test_late_writes_of_a_trainer_that_was_given_up_reach_nothing(
         weights = stack.weights()
         report = stack.push(weights)
         told = trainer.go_on()
-    assert told["phase"] in {"write", "commit"}
-    assert told["error"] in {"PeerLostError", "TransferFailedError", "StaleEpochError"}, told
+    # it asked first: over shared memory nothing else would have kept its bytes out
+    assert (told["error"], told["phase"]) == ("StaleEpochError", "write"), told
+    assert "has given push" in told["message"]
     stack.assert_holds(weights, report.version)
     stack.assert_a_whole_push_works()
 
@@ -124,7 +127,7 @@ def test_late_writes_of_a_trainer_that_was_given_up_reach_nothing(
 # ------------------------------------------------------------------ the engine
 
 
-@pytest.mark.parametrize("phase", ["write", "commit"])
+@pytest.mark.parametrize("phase", ["write", pytest.param("commit", marks=pytest.mark.slow)])
 def test_an_engine_killed_in_mid_push_is_a_clear_error_and_its_restart_is_joined(
     stack: Stack, phase: str
 ) -> None:

@@ -70,11 +70,6 @@ class Daemon:
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    @property
     def runs(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
@@ -102,10 +97,12 @@ class Daemon:
         self._process.wait(10)
 
     def freeze(self) -> None:
-        os.kill(self.pid, signal.SIGSTOP)
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        os.kill(self.pid, signal.SIGCONT)
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
         if self.runs:
