@@ -21,7 +21,7 @@ import triton.language as tl
 from weightsync.quantize import BLOCK
 
 #: 8 warps hold a block in registers, two programs on a multiprocessor
-_OPTIONS = {"num_warps": 8}
+_OPTIONS = {"num_warps": 4}
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
