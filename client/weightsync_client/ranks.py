@@ -174,10 +174,12 @@ class WiredRanks(Ranks):
             undo(error)
             raise error
         self._step += 1
-        mine: T | None = None
+        mine: Any = None
         failed: BaseException | None = None
         try:
             mine = work()
+            if self.rank:
+                mine = _encode(mine)
         except BaseException as error:  # a rank that fails still meets (WS-5)
             failed = error
         due = time.monotonic() + self._apart_s + work_s
@@ -212,17 +214,16 @@ class WiredRanks(Ranks):
             # A rank is gone or out of step: whatever else went wrong, this group is done for.
             self._lost = error.message
             errors.append(error)
-        decision: Any = None
         if not errors:
             try:
                 decision = decide(parts)
+                body = _encode(decision)
             except BaseException as error:  # the others must hear of it (WS-5)
                 original = error
                 errors.append(_of_rank(0, error))
-        if not errors:
-            self._answer(self._encode(phase, body=_encode(decision)))
-            result: R = decision
-            return result
+            else:
+                self._answer(self._encode(phase, body=body))
+                return decision
         first = errors[0]
         for other in errors[1:]:
             first.add_note(f"also: {type(other).__name__}: {other}")
@@ -239,10 +240,10 @@ class WiredRanks(Ranks):
         raise raised from original
 
     def _follow(
-        self, phase: str, mine: Any, failed: BaseException | None, result: Any, due: float
+        self, phase: str, mine: bytes, failed: BaseException | None, result: Any, due: float
     ) -> Any:
         error = None if failed is None else _of_rank(self.rank, failed)
-        body = b"" if failed is not None else _encode(mine)
+        body = b"" if failed is not None else mine
         try:
             raw = self._report(self._encode(phase, body=body, error=error), due)
             frame = self._decode(raw, 0, phase)
@@ -277,7 +278,7 @@ class WiredRanks(Ranks):
 
     def _decode(self, raw: bytes, rank: int, phase: str) -> _Frame:
         frame: _Frame = _decode_as(raw, _Frame)
-        if (frame.step, frame.phase) != (self._step, phase):
+        if frame.problem is None and (frame.step, frame.phase) != (self._step, phase):
             raise RankFailedError(
                 f"rank {rank} is in step {frame.step} ({frame.phase}), rank {self.rank} in step "
                 f"{self._step} ({phase})",

@@ -28,7 +28,7 @@ from weightsync.transport.base import Transport
 from weightsync_client.control import Agent, Fleet
 from weightsync_client.declaration import Declaration, Introduction, introduce, join
 from weightsync_client.ranks import Ranks
-from weightsync_client.session import Session, Worker
+from weightsync_client.session import Offer, Session, Worker
 from weightsync_client.settings import Deadlines
 from weightsync_client.source import Weights, WeightSource, as_source
 
@@ -102,14 +102,17 @@ def open_session(
     timeout_s = deadlines.rendezvous_s
     opened: list[Session] = []
 
-    def plan() -> list[RankOffer]:
+    def plan() -> list[Offer]:
         session = _plan(ranks.rank, terms, pushed, make_transport, ignore)
         opened.append(session)
         return [session.offer(agent) for agent in range(len(terms.agents))]
 
-    def connect(offers: list[list[RankOffer]]) -> None:
+    def connect(offers: list[list[Offer]]) -> None:
         def call(agent: Agent) -> None:
-            here = [offered[agent.index] for offered in offers]
+            here = [
+                RankOffer(rank=rank, metadata=o.metadata, writes=o.writes)
+                for rank, o in enumerate(offered[agent.index] for offered in offers)
+            ]
             request = ConnectRequest(
                 session=terms.session,
                 epoch=terms.agents[agent.index].epoch,
@@ -139,7 +142,7 @@ def open_session(
     )
     try:
         ranks.meet(
-            "connect", plan, connect, kind=list[RankOffer], result=None,
+            "connect", plan, connect, kind=list[Offer], result=None,
             work_s=timeout_s, decide_s=timeout_s + deadlines.grace_s, undo=undo,
         )  # fmt: skip
         (session,) = opened

@@ -16,7 +16,6 @@ from weightsync.errors import LayoutError
 from weightsync.layout import WorkerLayout
 from weightsync.manifest import Manifest
 from weightsync.plan import TransportPlan
-from weightsync.protocol import RankOffer
 from weightsync.slots import Write
 from weightsync.transport.base import PreparedWrite, Side, Transport, WriteOp
 from weightsync_client.declaration import Declaration
@@ -33,6 +32,14 @@ class Worker:
     metadata: bytes
     layout: WorkerLayout
     writes: tuple[Write, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A :class:`weightsync.protocol.RankOffer` on its way to rank 0."""
+
+    metadata: str
+    writes: list[str]
 
 
 class Session:
@@ -91,10 +98,9 @@ class Session:
             for status, epoch in zip(statuses, self.epochs, strict=True)
         )
 
-    def offer(self, agent: int) -> RankOffer:
+    def offer(self, agent: int) -> Offer:
         """This rank's part of ``POST /connect`` to that agent."""
-        return RankOffer(
-            rank=self._rank,
+        return Offer(
             metadata=base64.b64encode(self._transport.metadata()).decode("ascii"),
             writes=[
                 pack([(w.region, w.offset, w.nbytes) for w in worker.writes])

@@ -157,7 +157,7 @@ def test_local_shards_without_dtensor() -> None:
 def test_partial_values_are_refused() -> None:
     with mesh_of(0, (2,)) as mesh:
         partial = DTensor.from_local(torch.ones(2), mesh, [Partial()], run_check=False)
-        with pytest.raises(InputError, match="'w' has placement .*: each rank holds a summand"):
+        with pytest.raises(InputError, match=r"'w' has placement .*: each rank holds a summand"):
             StateDictSource({"w": partial})
 
 
@@ -269,5 +269,5 @@ def test_a_computed_conversion_of_shards_is_refused(monkeypatch: pytest.MonkeyPa
     )
     with mesh_of(0, (2,)) as mesh:
         model = sharded_experts(new_model("llama", seed=1), mesh)
-        with pytest.raises(InputError, match="computes new tensors, and .* is sharded"):
+        with pytest.raises(InputError, match=r"computes new tensors, and .* is sharded"):
             ModuleSource(model)

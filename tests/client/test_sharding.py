@@ -134,7 +134,7 @@ def test_a_local_tensor_of_another_shape_is_refused() -> None:
 
 
 def test_an_uneven_strided_shard_that_can_be_read_in_two_ways_is_refused() -> None:
-    """27 rows over 4 tensor parallel ranks, those over FSDP of 3: row 20 by one, 26 by the other."""
+    """27 rows over 4 of tensor parallelism, those over 3 of FSDP: row 20, or row 26."""
     cuts = [Cut(0, 3, 2, strided=4), Cut(0, 4, 2)]
     with pytest.raises(InputError, match="which rows this rank has cannot be told"):
         local_boxes((27,), cuts, (1,), name="w")
