@@ -1,10 +1,16 @@
 """The trainer's side of weightsync: ``Publisher(agents).push(model)``."""
 
-from weightsync_client.held import LocalShard
-from weightsync_client.publisher import Publisher
-from weightsync_client.report import AgentOutcome, PushReport
-from weightsync_client.settings import Deadlines
-from weightsync_client.source import ModuleSource, StateDictSource, WeightSource
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weightsync_client.held import LocalShard
+    from weightsync_client.publisher import Publisher
+    from weightsync_client.report import AgentOutcome, PushReport
+    from weightsync_client.settings import Deadlines
+    from weightsync_client.source import ModuleSource, StateDictSource, WeightSource
 
 __all__ = [
     "AgentOutcome",
@@ -16,3 +22,21 @@ __all__ = [
     "StateDictSource",
     "WeightSource",
 ]
+
+#: torch takes seconds to import, and ``weightsync plan`` needs none of it
+_HOMES = {
+    "AgentOutcome": "report",
+    "Deadlines": "settings",
+    "LocalShard": "held",
+    "ModuleSource": "source",
+    "Publisher": "publisher",
+    "PushReport": "report",
+    "StateDictSource": "source",
+    "WeightSource": "source",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

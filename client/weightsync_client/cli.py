@@ -18,6 +18,7 @@ from rich.console import Console
 from weightsync_client.demo.options import DemoOptions
 from weightsync_client.demo.run import run_demo
 from weightsync_client.demo.view import PlainView, TerminalView, View
+from weightsync_client.plan_command import plan
 
 app = typer.Typer(
     help="weightsync carries new weights into live inference engines: whole or not at all.",
@@ -40,11 +41,6 @@ class Where(StrEnum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
-
-
-@app.callback()
-def _commands() -> None:
-    """Keep ``demo`` a command of its own while it is the only one."""
 
 
 @app.command()
@@ -118,6 +114,9 @@ def demo(
     if as_json and result.exit_code != 2:
         sys.stdout.write(json.dumps(result.to_dict()) + "\n")
     raise typer.Exit(result.exit_code)
+
+
+app.command(name="plan")(plan)
 
 
 def main() -> None:
