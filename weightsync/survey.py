@@ -136,12 +136,19 @@ def pieces_of(
 ) -> tuple[list[Piece], Int64s, Int64s]:
     """What one rank writes: its pieces, and the starts and stops of their runs."""
     cutter = Cutter(cells, rank)
+    distinct = {id(held): held for held in cells.values()}
+    held_here = {
+        key for key, held in distinct.items() if any(cell.rank == rank for cell in held.cells)
+    }
+    mine = {tensor for tensor, held in cells.items() if id(held) in held_here}
     pieces: list[Piece] = []
     starts: list[Int64s] = []
     lengths: list[Int64s] = []
     for target, base in zip(targets, space.bases.tolist(), strict=False):
         size, dtype = target.itemsize, target.region.dtype
         for record, form in zip(target.records, target.forms, strict=True):
+            if record.tensor not in mine:
+                continue
             for part in cutter.parts(record.tensor, form):
                 copy = part.copy._replace(dst_offset=part.copy.dst_offset + record.dst_offset)
                 pieces.append(Piece(record.tensor, part.box, copy, dtype, size, base))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from weightsync.dtypes import itemsize
 from weightsync.errors import InputError
 from weightsync.families.model import BLOCK, Kernel, Model, Source
+from weightsync.families.strides import numel_of, row_major
 from weightsync.layout import CopyRecord, KernelRegion, WorkerLayout, WorkerPlace
 
 #: the vocabulary is padded to a multiple of this, and then cut
@@ -184,9 +185,7 @@ class _Worker:
     def _region(
         self, kernel: Kernel, shape: tuple[int, ...], untouched: tuple[tuple[int, int], ...] = ()
     ) -> None:
-        nbytes = itemsize(kernel.dtype)
-        for n in shape:
-            nbytes *= n
+        nbytes = numel_of(shape) * itemsize(kernel.dtype)
         addr = self.end
         self.end = -(-(addr + nbytes) // _ALIGN_NBYTES) * _ALIGN_NBYTES
         self.regions.append(
@@ -203,11 +202,11 @@ class _Worker:
             shape, begin, strides = _part(source, ways, self.place.tp)
             self.records.append(
                 CopyRecord(
-                    source.name, shape, begin, strides, len(self.regions), offset, _row_major(shape)
+                    source.name, shape, begin, strides, len(self.regions), offset, row_major(shape)
                 )
             )
             rows += shape[0]
-            offset += _numel(shape)
+            offset += numel_of(shape)
         self._region(kernel, (rows, *shape[1:]))
 
     def _vocabulary(self, kernel: Kernel) -> None:
@@ -240,7 +239,7 @@ class _Worker:
         parts = [_part(source, ways, index) for source in kernel.sources[:each]]
         region, offset = len(self.regions), 0
         # Experts are alike, so what a part looks like is worked out once.
-        made = [(shape, begin, strides, _row_major(shape), _numel(shape))
+        made = [(shape, begin, strides, row_major(shape), numel_of(shape))
                 for shape, begin, strides in parts]  # fmt: skip
         for k in range(first * each, stop * each):
             shape, begin, strides, dst_strides, numel = made[k % each]
@@ -256,25 +255,10 @@ class _Worker:
 
 def _part(source: Source, ways: int, index: int) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
     """Shape, first element and strides of a worker's part of a checkpoint tensor."""
-    strides = _row_major(source.shape)
+    strides = row_major(source.shape)
     if source.split is None or ways <= 1:
         return source.shape, 0, strides
     parts = _parts(source, ways)
     n = source.shape[source.split] // parts
     shape = (*source.shape[: source.split], n, *source.shape[source.split + 1 :])
     return shape, index * parts // ways * n * strides[source.split], strides
-
-
-def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, step = [1] * len(shape), 1
-    for k in range(len(shape) - 1, -1, -1):
-        strides[k] = step
-        step *= shape[k]
-    return tuple(strides)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    numel = 1
-    for n in shape:
-        numel *= n
-    return numel
