@@ -73,7 +73,7 @@ def fill_probe(probe: torch.Tensor, *, negative: bool) -> torch.Tensor:
     elif negative and flat.dtype.is_floating_point:
         block = -block
     block = block.to(device=flat.device).to(flat.dtype)
-    for start in range(0, flat.numel(), _PROBE_NUMEL):
-        part = flat[start : start + _PROBE_NUMEL]
-        part.copy_(block[: part.numel()])
+    whole, rest = divmod(flat.numel(), block.numel() or 1)
+    flat[: whole * block.numel()].view(whole, -1).copy_(block)
+    flat[flat.numel() - rest :].copy_(block[:rest])
     return probe
