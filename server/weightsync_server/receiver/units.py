@@ -73,7 +73,8 @@ def fill_probe(probe: torch.Tensor, *, negative: bool) -> torch.Tensor:
     elif negative and flat.dtype.is_floating_point:
         block = -block
     block = block.to(device=flat.device).to(flat.dtype)
-    whole, rest = divmod(flat.numel(), block.numel() or 1)
-    flat[: whole * block.numel()].view(whole, -1).copy_(block)
-    flat[flat.numel() - rest :].copy_(block[:rest])
+    if flat.numel():
+        whole, rest = divmod(flat.numel(), block.numel())
+        flat[: whole * block.numel()].view(whole, block.numel()).copy_(block)
+        flat[flat.numel() - rest :].copy_(block[:rest])
     return probe
