@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from weightsync.errors import InputError, RankFailedError, WeightSyncError, from_problem
 
@@ -311,16 +312,20 @@ class GlooRanks(WiredRanks):
                 hint="make the Publisher in the group's ranks alone",
             )
         super().__init__(rank, dist.get_world_size(group), apart_s=apart_s)
+        # Not by new_group: it would have to be called by ranks outside the group too, or it counts
+        # on every rank being in as many groups as the others.
         members = dist.get_process_group_ranks(group)
+        place = f"weightsync/{'-'.join(map(str, members))}"
+        timeout = timedelta(seconds=apart_s)
         self._groups: list[dist.ProcessGroup] = []
         try:
-            for _ in range(2):
-                made = dist.new_group(
-                    members,
-                    timeout=timedelta(seconds=apart_s),
-                    backend="gloo",
-                    use_local_synchronization=True,
-                )
+            store = _get_default_store()
+            # the how many-th Publisher of these ranks it is: keys in a store are used once
+            turn = store.add(f"{place}/turns-of-{rank}", 1)
+            for way in ("reports", "answers"):
+                own = PrefixStore(f"{place}/{turn}/{way}", store)
+                own.set_timeout(timeout)
+                made: Any = dist.ProcessGroupGloo(own, rank, self.world_size, timeout=timeout)
                 self._groups.append(made)
         except RuntimeError as error:
             raise RankFailedError(
@@ -349,11 +354,8 @@ class GlooRanks(WiredRanks):
         return answer.finish(deadline if told else time.monotonic() + _DELIVER_S)
 
     def close(self) -> None:
-        """Destroy both groups, if torch.distributed still is there."""
-        groups, self._groups = self._groups, []
-        if dist.is_initialized():
-            for group in groups:
-                dist.destroy_process_group(group)
+        """Close the connections."""
+        self._groups.clear()
 
 
 class _Receive:
@@ -365,7 +367,7 @@ class _Receive:
         self._length = torch.zeros(1, dtype=torch.int64)
         self._failed: Exception | None = None
         try:
-            self._work = dist.irecv(self._length, group=group, group_src=rank, tag=0)
+            self._work = group.recv([self._length], rank, 0)
         except RuntimeError as error:
             self._failed = error
 
@@ -377,7 +379,7 @@ class _Receive:
             _wait(self._work, deadline)
             data = torch.empty(int(self._length.item()), dtype=torch.uint8)
             if data.numel():
-                work = dist.irecv(data, group=self._group, group_src=self._rank, tag=1)
+                work = self._group.recv([data], self._rank, 1)
                 _wait(work, deadline)
         except RuntimeError as error:
             late = time.monotonic() >= deadline
@@ -400,7 +402,7 @@ class _Send:
         self._works: list[Any] = []
         try:
             for tag, data in enumerate(self._held):
-                self._works.append(dist.isend(data, group=group, group_dst=rank, tag=tag))
+                self._works.append(group.send([data], rank, tag))
         except RuntimeError:
             self._works.clear()
 
