@@ -1,4 +1,4 @@
-"""The torch engine, but finishing a load changes wide layers, and those that serve were not changed.
+"""The torch engine, but a load finishes wide layers, and those that serve were not finished.
 
 No way of writing them can be proven, so the receiver has to refuse them.
 """
