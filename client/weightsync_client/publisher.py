@@ -15,9 +15,9 @@ from weightsync.errors import InputError, NoSessionError, PushInProgressError, S
 from weightsync.protocol import PauseMode
 from weightsync.transport.base import Transport
 from weightsync_client.control import Fleet
+from weightsync_client.gloo import make_ranks
 from weightsync_client.progress import Progress, ProgressKind, make_progress
 from weightsync_client.push import Open, Push, PushSettings, fleet_status
-from weightsync_client.ranks import make_ranks
 from weightsync_client.rendezvous import Pushed
 from weightsync_client.report import PushReport
 from weightsync_client.settings import Deadlines, token_from_env

@@ -18,10 +18,13 @@ from weightsync_client.rendezvous import Pushed, open_session
 from weightsync_client.report import PHASES, PushReport
 from weightsync_client.session import Session
 from weightsync_client.settings import Deadlines
-from weightsync_client.transaction import Transaction, describe
+from weightsync_client.transaction import Transaction, check_held, describe
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+#: a push is not given up by its agents, nor by rank 0, so soon after the slots were filled
+_FOLLOWER_FRESH_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +110,7 @@ class Push:
         self._phase_started = 0.0
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._paused_at = 0.0
+        self._filled_at = 0.0
         self._transaction: Transaction | None = None
         self._undone = False
         self.wrote_nothing = True
@@ -143,7 +147,7 @@ class Push:
             self._enter("fill")
             self._meet(
                 "fill",
-                lambda: session.fill(self._pushed.source, check_finite=settings.check_finite),
+                lambda: self._fill(session),
                 lambda digests: self._pause_and_begin(session, digests),
                 kind=list[list[str]], result=None,
                 work_s=deadlines.for_bytes(deadlines.write_s, session.nbytes),
@@ -211,9 +215,22 @@ class Push:
         transaction.begin()
         self._enter("write")
 
+    def _fill(self, session: Session) -> list[list[str]]:
+        digests = session.fill(self._pushed.source, check_finite=self._settings.check_finite)
+        self._filled_at = time.monotonic()
+        return digests
+
     def _write(self, session: Session, timeout_s: float) -> None:
-        if self._transaction is not None:  # rank 0
+        if self._transaction is not None:
             self._transaction.check_held()
+        else:  # not rank 0, and the word to write may have lain here while this rank stood still
+            check_held(
+                self._held.fleet,
+                self._push_id,
+                self._settings.deadlines,
+                heard_at=self._filled_at,
+                fresh_s=_FOLLOWER_FRESH_S,
+            )
         session.write(self._version, timeout_s=timeout_s)
 
     def _commit_and_resume(self, session: Session, commit_s: float) -> PushReport:

@@ -11,23 +11,17 @@ from __future__ import annotations
 import abc
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
-import torch
-import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-from weightsync.errors import InputError, RankFailedError, WeightSyncError, from_problem
+from weightsync.errors import RankFailedError, WeightSyncError, from_problem
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-#: until a rank that waits for an answer has taken it
-_DELIVER_S = 30.0
 #: a follower waits this much longer than rank 0 may need
 _SLACK_S = 30.0
 
@@ -140,7 +134,8 @@ class WiredRanks(Ranks):
         self._step = 0
         self._lost = ""
 
-    # A rank listens for the answer before it reports, so that an answer never waits for it.
+    def _listen(self) -> None:
+        """On another rank, before it works: be ready for the answer."""
 
     @abc.abstractmethod
     def _collect(self, deadline: float) -> list[bytes]:
@@ -177,6 +172,8 @@ class WiredRanks(Ranks):
         self._step += 1
         mine: Any = None
         failed: BaseException | None = None
+        if self.rank:
+            self._listen()
         try:
             mine = work()
             if self.rank:
@@ -289,150 +286,6 @@ class WiredRanks(Ranks):
         return frame
 
 
-class GlooRanks(WiredRanks):
-    """The ranks of a process group, over two gloo groups of their own.
-
-    Reports and answers go by different groups: a wait that runs out closes all connections of its
-    group, and the ranks that are well must still hear why.
-
-    Args:
-        group: The ranks; any backend.
-        apart_s: Seconds that ranks may come apart to a meeting.
-
-    Raises:
-        InputError: This process is not in the group.
-        RankFailedError: Not all of its ranks made a Publisher in ``apart_s``.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, *, apart_s: float) -> None:
-        rank = dist.get_rank(group)
-        if rank < 0:
-            raise InputError(
-                "this process is not in the group that pushes",
-                hint="make the Publisher in the group's ranks alone",
-            )
-        super().__init__(rank, dist.get_world_size(group), apart_s=apart_s)
-        # Not by new_group: it would have to be called by ranks outside the group too, or it counts
-        # on every rank being in as many groups as the others.
-        members = dist.get_process_group_ranks(group)
-        place = f"weightsync/{'-'.join(map(str, members))}"
-        timeout = timedelta(seconds=apart_s)
-        self._groups: list[dist.ProcessGroup] = []
-        try:
-            store = _get_default_store()
-            # the how many-th Publisher of these ranks it is: keys in a store are used once
-            turn = store.add(f"{place}/turns-of-{rank}", 1)
-            for way in ("reports", "answers"):
-                own = PrefixStore(f"{place}/{turn}/{way}", store)
-                own.set_timeout(timeout)
-                made: Any = dist.ProcessGroupGloo(own, rank, self.world_size, timeout=timeout)
-                self._groups.append(made)
-        except RuntimeError as error:
-            raise RankFailedError(
-                f"rank {rank}: the {len(members)} ranks did not find together: {error}",
-                hint="every rank of the group makes its Publisher, at the same place",
-                rank=rank,
-            ) from error
-
-    def _collect(self, deadline: float) -> list[bytes]:
-        reports = self._groups[0]
-        # All are awaited at once: gloo keeps a sender waiting until somebody listens.
-        waits = [_Receive(reports, rank) for rank in range(1, self.world_size)]
-        return [wait.finish(deadline) for wait in waits]
-
-    def _answer(self, frame: bytes) -> None:
-        answers = self._groups[1]
-        sends = [_Send(answers, rank, frame) for rank in range(1, self.world_size)]
-        for send in sends:
-            # One that is gone is found in the next meeting, or is nobody's loss after the last.
-            send.finish(time.monotonic() + _DELIVER_S)
-
-    def _report(self, frame: bytes, deadline: float) -> bytes:
-        answer = _Receive(self._groups[1], 0)
-        # If rank 0 has given up on this rank, its answer says so.
-        told = _Send(self._groups[0], 0, frame).finish(deadline)
-        return answer.finish(deadline if told else time.monotonic() + _DELIVER_S)
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._groups.clear()
-
-
-class _Receive:
-    """One message on its way here: its length, then its bytes."""
-
-    def __init__(self, group: dist.ProcessGroup, rank: int) -> None:
-        self._group = group
-        self._rank = rank
-        self._length = torch.zeros(1, dtype=torch.int64)
-        self._failed: Exception | None = None
-        try:
-            self._work = group.recv([self._length], rank, 0)
-        except RuntimeError as error:
-            self._failed = error
-
-    def finish(self, deadline: float) -> bytes:
-        started = time.monotonic()
-        try:
-            if self._failed is not None:
-                raise self._failed
-            _wait(self._work, deadline)
-            data = torch.empty(int(self._length.item()), dtype=torch.uint8)
-            if data.numel():
-                work = self._group.recv([data], self._rank, 1)
-                _wait(work, deadline)
-        except RuntimeError as error:
-            late = time.monotonic() >= deadline
-            what = f"did not report in {deadline - started:.0f} s" if late else "is gone"
-            raise RankFailedError(
-                f"rank {self._rank} of the training job {what}: {str(error).splitlines()[0]}",
-                hint="look at that rank's log" + ("; is it still training?" if late else ""),
-                rank=self._rank,
-            ) from error
-        return data.numpy().tobytes()
-
-
-class _Send:
-    """One message on its way there."""
-
-    def __init__(self, group: dist.ProcessGroup, rank: int, frame: bytes) -> None:
-        length = torch.tensor([len(frame)], dtype=torch.int64)
-        # the buffers live as long as their sends
-        self._held = (length, torch.frombuffer(bytearray(frame), dtype=torch.uint8))
-        self._works: list[Any] = []
-        try:
-            for tag, data in enumerate(self._held):
-                self._works.append(group.send([data], rank, tag))
-        except RuntimeError:
-            self._works.clear()
-
-    def finish(self, deadline: float) -> bool:
-        """Whether the other end took it."""
-        try:
-            for work in self._works:
-                _wait(work, deadline)
-        except RuntimeError:
-            return False
-        return bool(self._works)
-
-
-def _wait(work: Any, deadline: float) -> None:
-    work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
-
-
-def make_ranks(group: dist.ProcessGroup | Literal["default"] | None, *, apart_s: float) -> Ranks:
-    """The ranks of ``group``; ``None``, or no process group at all: this process alone.
-
-    Raises:
-        InputError, RankFailedError: See :class:`GlooRanks`.
-    """
-    if group == "default":
-        group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-    if group is None or isinstance(group, str) or dist.get_world_size(group) == 1:
-        return SoloRanks()
-    return GlooRanks(group, apart_s=apart_s)
-
-
 def _is_own(error: BaseException | None) -> bool:
     """Whether an error ends this process and is not for the others: Ctrl-C, exit."""
     return error is not None and not isinstance(error, Exception)
@@ -469,6 +322,3 @@ def _decode_as(raw: bytes, kind: Any) -> Any:
             f"a rank sent what is no {kind}: {error}",
             hint="all ranks must run the same version of weightsync",
         ) from error
-
-
-__all__: Sequence[str] = ("GlooRanks", "Ranks", "SoloRanks", "WiredRanks", "make_ranks")

@@ -123,37 +123,9 @@ class Transaction:
         self._fleet.each(call)
 
     def check_held(self) -> None:
-        """Right before the writes: if the begin was a while ago, ask the agents if it still holds.
-
-        A trainer that stood still was given up meanwhile, and the engine may serve the version of
-        another push by now.  A network card would refuse the late writes; on one host, where a
-        peer's memory can be written without its help, nothing else does (WS-8).
-
-        Raises:
-            StaleEpochError: An agent has given this push up; nothing was written.
-            DeadlineError: Agents or this process are too slow to be sure; nothing was written.
-        """
-
-        def call(agent: Agent) -> None:
-            status = agent.get("/status", timeout_s=self._deadlines.status_s)
-            if (status.get("state"), status.get("pause_owner")) != ("receiving", self._push_id):
-                raise StaleEpochError(
-                    f"agent {agent.url} has given push {self._push_id} up: it was not heard of for "
-                    f"too long, and the engine is {status.get('state')} now",
-                    hint="push again; raise the agent's --push-idle-timeout-s if this trainer may "
-                    "stand still for so long",
-                    agent=agent.url,
-                )
-
-        for _ in range(_TRIES):
-            asked = time.monotonic()
-            if asked - self._heard_at < _FRESH_S:
-                return
-            self._fleet.each(call)
-            self._heard_at = asked
-        raise DeadlineError(
-            f"{_TRIES} looks at the agents, one after another, took over {_FRESH_S:g} s each",
-            hint="is this machine, or an agent's, out of memory or CPU?",
+        """On rank 0, right before the writes.  See :func:`check_held`."""
+        check_held(
+            self._fleet, self._push_id, self._deadlines, heard_at=self._heard_at, fresh_s=_FRESH_S
         )
 
     def commit(self, *, timeout_s: float) -> None:
@@ -240,3 +212,47 @@ def describe(error: BaseException) -> str:
     """The error in a line, for an agent's log."""
     text = error.message if isinstance(error, WeightSyncError) else str(error)
     return f"{type(error).__name__}: {text}"
+
+
+def check_held(
+    fleet: Fleet, push_id: str, deadlines: Deadlines, *, heard_at: float, fresh_s: float
+) -> None:
+    """Right before the writes: if the begin was a while ago, ask the agents if it still holds.
+
+    A trainer that stood still was given up meanwhile, and the engine may serve the version of
+    another push by now.  A network card would refuse the late writes; on one host, where a
+    peer's memory can be written without its help, nothing else does (WS-8).
+
+    Args:
+        fleet: All agents.
+        push_id: Of the push that began.
+        deadlines: Of the looks.
+        heard_at: When, by the monotonic clock, the push surely was not given up.
+        fresh_s: It is not given up so soon after that.
+
+    Raises:
+        StaleEpochError: An agent has given this push up; nothing was written from here.
+        DeadlineError: Agents or this process are too slow to be sure; nothing was written.
+    """
+
+    def call(agent: Agent) -> None:
+        status = agent.get("/status", timeout_s=deadlines.status_s)
+        if (status.get("state"), status.get("pause_owner")) != ("receiving", push_id):
+            raise StaleEpochError(
+                f"agent {agent.url} has given push {push_id} up: it was not heard of for "
+                f"too long, and the engine is {status.get('state')} now",
+                hint="push again; raise the agent's --push-idle-timeout-s if this trainer may "
+                "stand still for so long",
+                agent=agent.url,
+            )
+
+    for _ in range(_TRIES):
+        asked = time.monotonic()
+        if asked - heard_at < fresh_s:
+            return
+        fleet.each(call)
+        heard_at = asked
+    raise DeadlineError(
+        f"{_TRIES} looks at the agents, one after another, took over {fresh_s:g} s each",
+        hint="is this machine, or an agent's, out of memory or CPU?",
+    )
