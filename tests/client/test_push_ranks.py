@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -415,6 +417,21 @@ def test_a_rank_that_stops_in_mid_push_ends_it_for_the_others_and_the_engine(
     assert [type(r) for r in results] == [RankFailedError] * 3
     assert "rank 1 did not report" in str(results[0])
     assert "rank 1 did not report" in str(results[2])
+
+
+def test_a_rank_that_stood_still_before_its_writes_asks_and_writes_nothing_late(
+    agent: Agent, make_job, weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def given_up() -> None:
+        if agent.calls.count("/status") > 1:
+            agent.state = replace(agent.state, phase="torn")
+
+    agent.before["/status"] = given_up
+    agent.before["/pause"] = lambda: time.sleep(0.2)
+    monkeypatch.setattr("weightsync_client.push._FOLLOWER_FRESH_S", 0.1)
+    error = same_error(make_job(agent, ranks=2).push(sharded(weights, 2)), StaleEpochError, 1)
+    assert "has given push" in str(error)
+    assert not any(agent.workers[0].buffers["c"][-24:].tolist()), "rank 1 wrote nothing"
 
 
 def test_the_boxes_of_a_rank_without_rows_are_none() -> None:
