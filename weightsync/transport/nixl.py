@@ -23,6 +23,7 @@ What NIXL 1.5 does, and what follows from it here (seen in its source and in run
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import logging
 import threading
@@ -136,6 +137,7 @@ class NixlTransport(Transport):
         self._unreleased: list[int] = []
         self._peers: set[str] = set()
         self._lost: set[str] = set()
+        self._lost_any = False
         config = self._nixl.nixlAgentConfig()
         config.useProgThread = progress_thread
         config.useListenThread = False
@@ -309,6 +311,7 @@ class NixlTransport(Transport):
             write.error = error
             if isinstance(error, PeerLostError):
                 self._lost.add(write.peer)
+                self._lost_any = True
             raise
 
     def notify(self, peer: str, message: bytes) -> None:
@@ -354,6 +357,10 @@ class NixlTransport(Transport):
                     self._agent.releaseXferReq(handle)
             for registration in list(self._registrations):
                 self.unregister(registration)
+            if self._lost_any:
+                # UCX now and then aborts the whole process when it shuts down a worker whose
+                # endpoint has failed (seen after a peer was killed): never shut that one down.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._agent))
             # Nothing else may hold the agent, least of all a frame that an error keeps: UCX shuts
             # down here, not whenever the garbage collector comes by.
             self._agent = None
