@@ -156,7 +156,7 @@ class CommitRequest(Message):
 
 
 class AbortRequest(Message):
-    """``POST /abort_update``.  ``wrote``: whether a write may have been posted."""
+    """``POST /abort_update``: give the push up.  ``reason`` is for people."""
 
     session: Id
     push_id: Id
