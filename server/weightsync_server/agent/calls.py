@@ -138,7 +138,9 @@ class Calls:
         """``POST /connect``."""
         event = ConnectAsked(request.session, request.epoch)
         key = ("connect", (request.session, request.epoch))
-        if not self._service.state.connected:
+        state = self._service.state
+        if not state.connected or state.epoch != request.epoch:
+            # what was answered then is not so any more
             self._once.forget_finished(key)
         if not self._once.knows(key):
             step(self._service.state, event)

@@ -59,6 +59,11 @@ class Work:
     result: Any = None
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def push_id(self) -> str | None:
+        """The push that asks, if one does."""
+        return getattr(self.event, "push_id", None)
+
     def left_s(self) -> float:
         """Seconds until its deadline, never none at all."""
         return max(self.deadline - time.monotonic(), 0.001)
@@ -234,7 +239,8 @@ class Service:
             outcome = _failed(effect, work, error)
         seconds = time.monotonic() - started
         work.seconds[effect.value] = round(seconds, 6)
-        if error is None and self.clock.last is not None and self.state.owner is not None:
+        push = self.clock.last
+        if error is None and push is not None and work.push_id == push.push_id:
             self.clock.add(effect.value, seconds)
             self.metrics.seconds.labels(effect.value).observe(seconds)
         if isinstance(outcome, Resumed):
@@ -248,7 +254,7 @@ class Service:
                 full, proof = bool(work.extra.get("by_hand")), work.extra.get("proof", "windows")
                 return await self.workers.attach(proof, again=full, timeout_s=work.left_s())
             case Effect.PAUSE:
-                push_id = event.push_id if isinstance(event, PauseAsked) else None
+                push_id = work.push_id
                 mode = request.mode if isinstance(request, PauseRequest) else "keep"
                 if push_id is not None:
                     self.clock.paused(push_id, mode)
@@ -301,7 +307,7 @@ def _failed(effect: Effect, work: Work, error: WeightSyncError) -> Outcome | Non
         case Effect.ATTACH:
             return EngineLost()
         case Effect.PAUSE if isinstance(work.event, PauseAsked):
-            return PauseFailed(work.event.push_id)
+            return PauseFailed(work.push_id)
         case Effect.PAUSE:
             return EngineLost()  # a torn engine that could not be stopped: attach again, and again
         case Effect.BEGIN | Effect.COMMIT:
