@@ -8,11 +8,16 @@
 from __future__ import annotations
 
 import re
+import signal
 from functools import cache
 from importlib.util import find_spec
 
 import pytest
 from hypothesis import settings
+
+# A background job of a shell ignores Ctrl-C, and so would the processes that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A shared machine's clock says nothing about the code; pytest-timeout ends what hangs.
 settings.register_profile("weightsync", deadline=None, print_blob=True)
