@@ -58,6 +58,7 @@ def test_a_gpu_slab_is_plain_device_memory_that_torch_can_use() -> None:
     assert values[-1].item() == torch.tensor(1023.0).to(torch.bfloat16).item()
     del values
     slab.close()
-    assert torch.cuda.mem_get_info(device)[0] >= free_before - (16 << 20)
+    torch.cuda.empty_cache()  # torch keeps what the check itself took; its kernels stay loaded
+    assert torch.cuda.mem_get_info(device)[0] >= free_before - (256 << 20)
     with pytest.raises(RegistrationError, match="cudaMalloc"):
         Slab(1 << 50, device)
