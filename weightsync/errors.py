@@ -270,7 +270,9 @@ def from_problem(problem: Mapping[str, Any]) -> WeightSyncError:
 
     An unknown ``code`` (a newer agent) becomes a plain :class:`WeightSyncError` with the same text.
     """
-    by_code = {cls.code: cls for cls in all_errors()}
+    by_code: dict[str, type[WeightSyncError]] = {}
+    for error in all_errors():
+        by_code.setdefault(error.code, error)  # a class without a code of its own has its parent's
     cls = by_code.get(str(problem.get("code")), WeightSyncError)
     context = problem.get("context")
     return cls(
