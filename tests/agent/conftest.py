@@ -15,7 +15,7 @@ from pydantic import SecretStr
 from weightsync.codec import pack
 from weightsync.protocol import PROTOCOL_VERSION
 from weightsync_server.agent.app import Agent
-from weightsync_server.agent.cli import AgentServer
+from weightsync_server.agent.cli import AgentServer, listen
 from weightsync_server.agent.settings import AgentSettings
 
 
@@ -191,12 +191,13 @@ async def make_agent():
     async def make(engine_url: str, *, wait: str | None = "ready", token=None, **options):
         settings = AgentSettings(
             engine_url=engine_url,
+            port=0,
             token=None if token is None else SecretStr(token),
             **{"engine_poll_s": 0.05, "engine_probe_timeout_s": 1.0, "shutdown_timeout_s": 1}
             | options,
         )
         agent = Agent(settings, fake.SECRET)
-        sock = fake.listening_socket()
+        sock = listen(settings)
         agent.listens_at(*sock.getsockname())
         running = await fake.Running(QuietAgentServer(agent), sock).started()
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}

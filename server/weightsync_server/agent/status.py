@@ -23,6 +23,7 @@ class EngineStatus(Model):
     version: str = ""
     model: str = ""
     instance: str = ""
+    warnings: list[str] = []
 
 
 class WorkerStatus(Model):

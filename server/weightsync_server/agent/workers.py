@@ -94,8 +94,9 @@ class Workers:
             version=str(info.get("version", "")),
             model=str(info.get("model", "")),
             instance=str(info["instance"]),
+            warnings=[str(warning) for warning in info.get("warnings", [])],
         )
-        for warning in info.get("warnings", []):
+        for warning in self.identity.warnings:
             log.warning("%s", warning)
         return Attached(
             versions=frozenset(a.body.version for a in answers),
