@@ -261,8 +261,10 @@ def _outcome(state: AgentState, event: Outcome) -> Step:
             return Step(replace(state, session=session))
         case Connected(epoch) if epoch == state.epoch and state.session is not None:
             return Step(replace(state, connected=True))
-        case Committed(version) if state.phase == "receiving" and version == state.target:
-            return Step(replace(state, phase="paused", version=version, target=None))
+        case Committed(version, over) if state.phase == "receiving" and version == state.target:
+            whole = replace(state, phase="paused", version=version, target=None)
+            # what one worker has ended, the others end too (WS-8)
+            return Step(_without_session(whole), (Effect.CLOSE,)) if over else Step(whole)
         case PushFailed(reachable) if state.phase == "receiving":
             if reachable:
                 return Step(state, (Effect.ABORT,))

@@ -130,9 +130,10 @@ class Connected:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The version is real on every worker."""
+    """The version is real on every worker.  ``epoch_over``: some have ended the epoch with it."""
 
     version: int
+    epoch_over: bool = False
 
 
 @dataclass(frozen=True, slots=True)

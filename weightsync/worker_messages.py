@@ -111,10 +111,14 @@ class CommitBody:
 
 @dataclass(frozen=True, slots=True)
 class CommitReply:
-    """The version that is now real here, and where the time went."""
+    """The version that is now real here, and where the time went.
+
+    ``epoch_over``: the layout is another one now, the next push needs a new rendezvous.
+    """
 
     version: int
     seconds: dict[str, float]
+    epoch_over: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from weightsync.protocol import (
     StepResponse,
 )
 from weightsync_client.control import Agent, Fleet
+from weightsync_client.heartbeat import Heartbeat
 from weightsync_client.report import AgentOutcome
 from weightsync_client.session import Session
 from weightsync_client.settings import Deadlines
@@ -25,6 +26,9 @@ from weightsync_client.settings import Deadlines
 #: a push that its agents heard of so lately is not given up by them
 _FRESH_S = 1.0
 _TRIES = 3
+#: how often, while it writes, a push tells its agents that it lives; far below their
+#: push_idle_timeout_s, and the wait for an answer that nobody needs
+_BEAT_S = 5.0
 
 
 class Stage(IntEnum):
@@ -74,6 +78,7 @@ class Transaction:
         self.stages = [Stage.UNTOUCHED] * len(fleet.agents)
         self._seconds: list[dict[str, float]] = [{} for _ in fleet.agents]
         self._heard_at = 0.0
+        self._heartbeat = Heartbeat(self._beat, every_s=_BEAT_S)
 
     @property
     def began(self) -> bool:
@@ -103,24 +108,36 @@ class Transaction:
     def begin(self) -> None:
         """Every worker checks its tensors and expects the writes.
 
+        From here to the commit, or to the abort, the agents are told that this push lives: a long
+        write is not given up.
+
         Raises:
             StaleEpochError, NoSessionError: A new rendezvous is needed; nothing changed.
             IdentityError: A kernel tensor moved.
         """
 
         def call(agent: Agent) -> None:
-            request = BeginRequest(
-                session=self._session.id,
-                epoch=self._session.epochs[agent.index],
-                push_id=self._push_id,
-                version=self._version,
-                timeout_s=self._deadlines.begin_s,
-            )
             self.stages[agent.index] = Stage.BEGINNING
-            agent.post("/begin_update", request, StepResponse, timeout_s=self._deadlines.begin_s)
+            self._post_begin(agent, self._deadlines.begin_s)
 
         self._heard_at = time.monotonic()
         self._fleet.each(call)
+        self._heartbeat.start()
+
+    def _post_begin(self, agent: Agent, timeout_s: float) -> None:
+        request = BeginRequest(
+            session=self._session.id,
+            epoch=self._session.epochs[agent.index],
+            push_id=self._push_id,
+            version=self._version,
+            timeout_s=self._deadlines.begin_s,
+        )
+        agent.post("/begin_update", request, StepResponse, timeout_s=timeout_s)
+
+    def _beat(self) -> None:
+        # A repeat of begin says no more than that.  Whether the push was given up all the same,
+        # the commit tells.
+        self._fleet.each_safely(lambda agent: self._post_begin(agent, _BEAT_S))
 
     def check_held(self) -> None:
         """On rank 0, right before the writes.  See :func:`check_held`."""
@@ -149,6 +166,7 @@ class Transaction:
             self.stages[agent.index] = Stage.COMMITTED
             self._seconds[agent.index] = answer.seconds
 
+        self._heartbeat.stop()
         self._fleet.each(call)
 
     def resume(self) -> tuple[AgentOutcome, ...]:
@@ -184,6 +202,7 @@ class Transaction:
                 if answer.state == "paused" and stage == Stage.PAUSING:
                     self._resume(agent)
 
+        self._heartbeat.stop()
         return self._fleet.each_safely(call)
 
     def fates(self) -> list[str]:

@@ -91,6 +91,8 @@ class FakeWorker:
     connect: ConnectBody | None = None
     #: whether an aborted push leaves live memory touched (direct) or not (staged)
     staged: bool = False
+    #: as after the first push into an engine without a checkpoint
+    first_push: bool = False
 
     def run(self, command: WorkerCommand) -> object:
         self.received.append(command)
@@ -118,7 +120,8 @@ class FakeWorker:
             case "commit":
                 commit = unpack(body, CommitBody)
                 self.version, self.dirty = commit.version, False
-                return CommitReply(self.version, {"digest": 0.25, "install": 0.5})
+                seconds = {"digest": 0.25, "install": 0.5}
+                return CommitReply(self.version, seconds, epoch_over=self.first_push)
             case "abort":
                 return AbortReply(self.dirty, self.version)
             case "checksums":

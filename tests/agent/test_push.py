@@ -55,6 +55,18 @@ async def test_one_rendezvous_serves_many_pushes(agent, trainer):
         assert (await t.push(version))["version"] == version
 
 
+async def test_an_epoch_that_a_worker_ended_with_its_commit_is_over_for_the_next_push(
+    agent, engine, trainer
+):
+    engine.client.workers[0].first_push = True
+    t = await trainer(agent).rendezvous()
+    await t.push(1)
+    status = await agent.status()
+    assert (status["state"], status["version"]) == ("ready", 1)
+    assert (status["session"], status["connected"]) == (None, False)
+    assert engine.client.ops[-2:] == ["close", "resume"]
+
+
 async def test_the_prefix_cache_is_reset_before_the_commit_and_only_if_wanted(
     agent, engine, trainer
 ):

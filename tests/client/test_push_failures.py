@@ -70,6 +70,18 @@ def test_a_peer_lost_in_the_write_aborts_and_the_next_push_repairs(
     assert agent.calls.count("/init_transfer") == 2
 
 
+def test_a_long_write_tells_the_agents_now_and_then_that_the_push_lives(
+    agent: Agent, make_publisher: Make, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weightsync_client.transaction._BEAT_S", 0.05)
+    inject_at_pause(agent, Faults(delay_s=0.6))
+    report = make_publisher(agent).push(model)
+    # the reference agent refuses a repeated begin: the push does not depend on the answers
+    assert 3 <= agent.calls.count("/begin_update") <= 13
+    assert "/begin_update" not in agent.calls[agent.calls.index("/resume") :]
+    assert (report.version, agent.state.phase) == (1, "ready")
+
+
 def test_bytes_that_arrive_wrong_are_the_agents_verify_error(
     agent: Agent, make_publisher: Make, model: nn.Module
 ) -> None:

@@ -162,6 +162,12 @@ def test_sessions_and_versions_are_checked(state, ask, error):
         (TORN, Resumed(), TORN, ()),
         (RECEIVING, Committed(4), replace(OURS, version=4), ()),
         (RECEIVING, Committed(5), RECEIVING, ()),
+        (
+            RECEIVING,
+            Committed(4, epoch_over=True),
+            replace(OURS, version=4, session=None, connected=False),
+            (Effect.CLOSE,),
+        ),
         (RECEIVING, PushFailed(reachable=True), RECEIVING, (Effect.ABORT,)),
         (RECEIVING, PushFailed(reachable=False), TORN, ()),
         (RECEIVING, Aborted(frozenset({3}), dirty=True), TORN, (Effect.CLOSE,)),

@@ -224,7 +224,7 @@ def events_at(state: AgentState) -> Iterator[Event]:
             for version in (1, 2, 3):
                 yield BeginAsked(session, epoch, push_id, version)
                 yield CommitAsked(session, epoch, push_id, version)
-    yield from (Committed(version) for version in (1, 2, 3))
+    yield from (Committed(version, over) for version in (1, 2, 3) for over in (False, True))
     yield from (PushFailed(reachable) for reachable in (False, True))
     for versions in (frozenset[int](), frozenset({1}), frozenset({2}), frozenset({1, 2})):
         for one in (False, True):

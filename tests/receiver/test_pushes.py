@@ -63,14 +63,14 @@ def test_without_a_checkpoint_the_first_push_goes_through_the_loader_and_later_o
     assert receiver.attach(AttachBody("windows")).warnings
     first = trainer.rendezvous(weights(1))
     assert {r.mode for r in first.layout.regions} == {"staged"}
-    trainer.push(weights(1), 1)
+    assert trainer.push(weights(1), 1).epoch_over
     assert serves(engine, weights(1))
     trainer.fill(weights(2))
     with pytest.raises((StaleEpochError, NoSessionError)):
         trainer.begin(2)
     second = trainer.rendezvous(weights(2))
     assert sum(r.mode == "direct" for r in second.layout.regions) == 5
-    trainer.push(weights(2), 2)
+    assert not trainer.push(weights(2), 2).epoch_over
     assert serves(engine, weights(2))
 
 

@@ -283,10 +283,11 @@ class Service:
                     # Before the commit: the drained engine makes no new blocks meanwhile, and if
                     # this fails the workers still say that they are dirty, even to a new agent.
                     await self._reset_prefix_cache(work)
-                work.seconds |= await self.workers.commit(
+                seconds, epoch_over = await self.workers.commit(
                     work.extra["bodies"], event.version, timeout_s=work.left_s()
                 )
-                return Committed(event.version)
+                work.seconds |= seconds
+                return Committed(event.version, epoch_over)
             case Effect.ABORT:
                 versions, dirty = await self.workers.abort(
                     state.owner or "", timeout_s=self._engine_timeout_s

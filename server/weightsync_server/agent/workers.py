@@ -133,8 +133,12 @@ class Workers:
 
     async def commit(
         self, bodies: Sequence[CommitBody], version: int, *, timeout_s: float
-    ) -> dict[str, float]:
-        """Every worker checks and installs; the parts of the slowest one's time, in seconds."""
+    ) -> tuple[dict[str, float], bool]:
+        """Every worker checks and installs.
+
+        Returns:
+            The parts of the slowest one's time, in seconds; whether any has ended the epoch.
+        """
         answers = self._same(
             await self._engine.ask("commit", CommitReply, timeout_s=timeout_s, **self._each(bodies))
         )
@@ -145,7 +149,8 @@ class Workers:
             )
         for worker in self.status:
             worker.dirty, worker.version = False, version
-        return max((a.body.seconds for a in answers), key=lambda s: sum(s.values()))
+        slowest = max((a.body.seconds for a in answers), key=lambda s: sum(s.values()))
+        return slowest, any(a.body.epoch_over for a in answers)
 
     async def abort(self, push_id: str, *, timeout_s: float) -> tuple[frozenset[int], bool]:
         """Every worker gives the push up; their versions, and whether any of them is dirty."""

@@ -268,11 +268,12 @@ class Receiver:
         self.adapter.synchronize()
         self.version, self.dirty, epoch.pushing = body.version, False, None
         marks.append(time.perf_counter())
-        if epoch.proofs is None:
+        first = epoch.proofs is None
+        if first:
             self.close()  # the layout is another one now: the next push makes a new rendezvous
         parts = ("writers", "digest", "install")
         seconds = {p: b - a for p, a, b in zip(parts, marks, marks[1:], strict=False)}
-        self._committed = body.push_id, CommitReply(body.version, seconds)
+        self._committed = body.push_id, CommitReply(body.version, seconds, epoch_over=first)
         return self._committed[1]
 
     def _install(self, target: Target, proofs: Proofs) -> None:
