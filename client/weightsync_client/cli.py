@@ -67,6 +67,17 @@ def demo(
         Where, typer.Option(help="Where engine and trainer keep the weights.")
     ] = Where.auto,
     tp: Annotated[int, typer.Option(min=1, max=64, help="Workers (tensor parallel).")] = 1,
+    pp: Annotated[int, typer.Option(min=1, max=64, help="Pipeline stages.")] = 1,
+    dp: Annotated[int, typer.Option(min=1, max=64, help="Data-parallel copies in an engine.")] = 1,
+    expert_parallel: Annotated[
+        bool, typer.Option("--expert-parallel", help="Workers share out the experts.")
+    ] = False,
+    replicas: Annotated[
+        int, typer.Option(min=1, max=64, help="Engines, each with an agent of its own.")
+    ] = 1,
+    trainer_ranks: Annotated[
+        int, typer.Option(min=1, max=64, help="Trainer processes; FSDP2 shards the weights.")
+    ] = 1,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")
     ] = False,
@@ -97,6 +108,11 @@ def demo(
         packed=packed,
         device=device.value,
         tp=tp,
+        pp=pp,
+        dp=dp,
+        expert_parallel=expert_parallel,
+        replicas=replicas,
+        trainer_ranks=trainer_ranks,
         workdir=workdir,
         keep=keep,
         timeout_s=timeout,

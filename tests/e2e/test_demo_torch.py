@@ -65,6 +65,21 @@ def test_json_proves_every_push_against_a_fresh_load(tmp_path):
     assert processes_below(workdir) == []
 
 
+def test_two_fsdp2_ranks_push_into_two_engines(tmp_path):
+    workdir = tmp_path / "demo"
+    options = ["--trainer-ranks", "2", "--replicas", "2", "--pushes", "2"]
+    done = demo("--json", "--workdir", str(workdir), *options)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["ok"] is True
+    assert [push["version"] for push in said["pushes"]] == [1, 2]
+    saved = (workdir / "trained" / "model.safetensors").stat().st_size
+    for push in said["pushes"]:  # the weights, to each of the two engines once
+        assert push["nbytes"] == pytest.approx(2 * saved, rel=0.01)
+    assert "50 of 50 tensors of 2 engines have the fresh load's SHA-256" in done.stderr
+    assert processes_below(workdir) == []
+
+
 def test_plain_lines_show_a_moe_that_publishes_one_tensor_an_expert(tmp_path):
     path = tmp_path / "config.json"
     config_of("qwen3_moe").to_json_file(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,11 +29,11 @@ def _importable(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
 
 
-def demo(kind: Kind, folder: Path, *, packed: bool, tp: int = 1) -> DemoResult:
+def demo(kind: Kind, folder: Path, **options: Any) -> DemoResult:
     path = folder / "config.json"
     config_of(kind).to_json_file(path)
     result = run_demo(
-        DemoOptions(config_file=path, packed=packed, tp=tp, workdir=folder / "demo", timeout_s=500)
+        DemoOptions(config_file=path, workdir=folder / "demo", timeout_s=500, **options)
     )
     assert result.ok, result.error
     assert result.engine.startswith("vllm ")
@@ -71,3 +72,9 @@ def test_plain_experts_are_packed_all_the_same_and_staged(tmp_path):
 @marked_slow
 def test_two_tensor_parallel_workers_equal_a_fresh_load(tmp_path):
     demo("qwen3", tmp_path, packed=True, tp=2)
+
+
+@marked_slow
+@pytest.mark.parametrize("kind", ["qwen3", "llama_tied"])
+def test_two_fsdp2_ranks_into_two_tensor_parallel_workers_equal_a_fresh_load(kind, tmp_path):
+    demo(kind, tmp_path, trainer_ranks=2, tp=2)

@@ -82,18 +82,20 @@ def complete(
 
 
 class Traffic:
-    """Completions that are asked for all the time, as users do: a context manager.
+    """Completions that every engine is asked for all the time: a context manager.
 
     Attributes:
         answered: Completions so far.
         longest_s: The longest that one took.
     """
 
-    def __init__(self, url: str, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    def __init__(
+        self, urls: Sequence[str], prompts: Sequence[Sequence[int]], max_tokens: int
+    ) -> None:
         self.answered = 0
         self.longest_s = 0.0
         self._error: EngineError | None = None
-        self._url = url
+        self._urls = urls
         self._prompts = prompts
         self._max_tokens = min(_TRAFFIC_TOKENS, max_tokens)
         self._stopping = threading.Event()
@@ -101,7 +103,7 @@ class Traffic:
         # Daemons: if the engine died in a pause, their requests end with its process.
         self._threads = [
             threading.Thread(target=self._ask, args=(i,), name=f"traffic-{i}", daemon=True)
-            for i in range(_TRAFFIC_THREADS)
+            for i in range(max(_TRAFFIC_THREADS, len(urls)))
         ]
 
     def stop(self, timeout_s: float) -> None:
@@ -121,7 +123,8 @@ class Traffic:
 
     def _ask(self, index: int) -> None:
         try:
-            with httpx.Client(base_url=self._url, trust_env=False) as http:
+            url = self._urls[index % len(self._urls)]
+            with httpx.Client(base_url=url, trust_env=False) as http:
                 while not self._stopping.is_set():
                     prompt = self._prompts[index % len(self._prompts)]
                     start = time.monotonic()
@@ -129,7 +132,7 @@ class Traffic:
                     with self._lock:
                         self.answered += 1
                         self.longest_s = max(self.longest_s, time.monotonic() - start)
-                    index += _TRAFFIC_THREADS
+                    index += len(self._threads)
         except EngineError as error:
             if not self._stopping.is_set():
                 self._error = error

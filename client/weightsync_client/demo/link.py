@@ -1,4 +1,4 @@
-"""The demo's end of the lines to its trainer process."""
+"""The demo's end of the lines to its training job."""
 
 from __future__ import annotations
 
@@ -6,26 +6,29 @@ import json
 import queue
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from weightsync.errors import EngineError, from_problem
-from weightsync_client.demo.processes import Deadline, Process, Processes
+from weightsync_client.demo.processes import Deadline, Process, Processes, free_port
 
 _POLL_S = 0.2
 _EXIT_S = 20.0
+_TELL_S = 30.0
 
 
 class TrainerLink:
-    """A running trainer.
+    """A running training job.  Every rank is told the same, rank 0 tells what happens.
 
     Args:
         processes: Starts it.
         config_file: The model's config; None: the demo's own.
         folder: Where it saves ``v0`` and ``trained``.
-        agent: The address that it pushes to.
+        agents: The addresses that it pushes to.
         device: Where it keeps the weights, ``cpu`` or ``cuda``.
+        ranks: How many processes it has.
         deadline: Of every wait.
     """
 
@@ -34,32 +37,45 @@ class TrainerLink:
         processes: Processes,
         config_file: Path | None,
         folder: Path,
-        agent: str,
+        agents: Sequence[str],
         device: str,
+        ranks: int,
         deadline: Deadline,
     ) -> None:
         command = [sys.executable, "-m", "weightsync_client.demo.trainer"]
-        command += ["--folder", str(folder), "--agent", agent, "--device", device]
+        command += ["--folder", str(folder), "--device", device]
+        for agent in agents:
+            command += ["--agent", agent]
         if config_file is not None:
             command += ["--config", str(config_file.resolve())]
-        self.process: Process = processes.start("trainer", command, talks=True)
+        port = free_port()
+        self._ranks: list[Process] = [
+            processes.start(
+                "trainer" if rank == 0 else f"trainer rank {rank}",
+                command,
+                _torchrun_environ(rank, ranks, port),
+                talks=True,
+            )
+            for rank in range(ranks)
+        ]
         self._deadline = deadline
         self._events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, name="trainer-events", daemon=True).start()
 
     def tell(self, command: str) -> None:
-        """Send one command.
+        """Send one command to every rank.
 
         Raises:
-            EngineError: The trainer is gone.
+            EngineError: A rank is gone.
         """
-        stdin = self.process.popen.stdin
-        try:
-            if stdin is not None:
-                stdin.write(command + "\n")
-                stdin.flush()
-        except OSError:
-            raise self._gone() from None
+        for process in self._ranks:
+            stdin = process.popen.stdin
+            try:
+                if stdin is not None:
+                    stdin.write(command + "\n")
+                    stdin.flush()
+            except OSError:
+                raise _gone(process) from None
 
     def until(self, last: str) -> Iterator[dict[str, Any]]:
         """Its events, up to and with the one of that name.
@@ -89,30 +105,52 @@ class TrainerLink:
             EngineError: It ended with an error.
             DeadlineError: It does not end.
         """
-        if self.process.popen.stdin is not None:
-            self.process.popen.stdin.close()
-        left_s = min(_EXIT_S, self._deadline.left_s("the trainer's end"))
-        self.process.wait(left_s)
+        for process in self._ranks:
+            if process.popen.stdin is not None:
+                process.popen.stdin.close()
+        for process in self._ranks:
+            process.wait(min(_EXIT_S, self._deadline.left_s("the trainer's end")))
 
     def _next(self, awaited: str) -> dict[str, Any]:
+        dead_until: float | None = None
         while True:
             left_s = self._deadline.left_s(f"the trainer's {awaited!r}")
             try:
                 event = self._events.get(timeout=min(_POLL_S, left_s))
             except queue.Empty:
+                # a rank that is gone is rank 0's to tell, if it can
+                dead = [process for process in self._ranks[1:] if process.exited]
+                if dead and dead_until is None:
+                    dead_until = time.monotonic() + _TELL_S
+                if dead and dead_until is not None and time.monotonic() > dead_until:
+                    raise _gone(dead[0]) from None
                 continue
             if event is None:
-                raise self._gone()
+                raise _gone(self._ranks[0])
             return event
 
-    def _gone(self) -> EngineError:
-        return EngineError(f"the trainer ended unexpectedly\n{self.process.tail()}")
-
     def _read(self) -> None:
-        stdout = self.process.popen.stdout
+        stdout = self._ranks[0].popen.stdout
         try:
             while stdout is not None and (line := stdout.readline()):
                 self._events.put(json.loads(line))
         except ValueError:
             pass  # it was killed within a line, or the demo has closed the pipe
         self._events.put(None)
+
+
+def _gone(process: Process) -> EngineError:
+    return EngineError(f"the {process.name} ended unexpectedly\n{process.tail()}")
+
+
+def _torchrun_environ(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What torchrun would tell a rank of a job on this host, and that it stays on loopback."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from weightsync.errors import InputError
 
@@ -49,7 +50,7 @@ def new_model(config_file: Path | None) -> Any:
 
 
 def draw_weights(model: nn.Module, seed: int) -> None:
-    """Give every weight a new random value, the same for the same seed.
+    """Give every weight a new random value, the same for the same seed, sharded or not.
 
     Matrices get a standard deviation that goes with their fan-in, so that activations keep their
     size at any width; norms lie in 0.5 to 1.5; biases, kept in buffers or not, are small.
@@ -58,13 +59,16 @@ def draw_weights(model: nn.Module, seed: int) -> None:
     biases = [(n, b) for n, b in model.named_buffers() if _is_bias(n) and b.is_floating_point()]
     with torch.no_grad():
         for name, weight in [*model.named_parameters(), *biases]:
-            if _is_bias(name):
-                weight.normal_(0.0, _BIAS_STD, generator=generator)
-            elif weight.ndim > 1:
-                std = _MATRIX_STD_AT_1 / math.sqrt(weight.shape[-1])
-                weight.normal_(0.0, std, generator=generator)
-            else:
-                weight.uniform_(0.5, 1.5, generator=generator)
+            if not isinstance(weight, DTensor):
+                _draw(name, weight, generator)
+                continue
+            # every rank draws all of it, and keeps its shard
+            whole = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+            _draw(name, whole, generator)
+            part = distribute_tensor(
+                whole, weight.device_mesh, weight.placements, src_data_rank=None
+            )
+            weight.to_local().copy_(part.to_local())
 
 
 def describe_model(model: Any) -> dict[str, Any]:
@@ -78,6 +82,15 @@ def describe_model(model: Any) -> dict[str, Any]:
         "vocab_size": int(config.vocab_size),
         "max_positions": getattr(config, "max_position_embeddings", None),
     }
+
+
+def _draw(name: str, weight: torch.Tensor, generator: torch.Generator) -> None:
+    if _is_bias(name):
+        weight.normal_(0.0, _BIAS_STD, generator=generator)
+    elif weight.ndim > 1:
+        weight.normal_(0.0, _MATRIX_STD_AT_1 / math.sqrt(weight.shape[-1]), generator=generator)
+    else:
+        weight.uniform_(0.5, 1.5, generator=generator)
 
 
 def _is_bias(name: str) -> bool:

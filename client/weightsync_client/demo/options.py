@@ -31,7 +31,17 @@ class DemoOptions(BaseModel):
     device: Device = "auto"
     """Where engine and trainer keep the weights; ``auto``: on GPUs where there are some."""
     tp: Annotated[int, Field(ge=1, le=64)] = 1
-    """Workers that the engine is split over (tensor parallel)."""
+    """Workers that every engine is split over (tensor parallel)."""
+    pp: Annotated[int, Field(ge=1, le=64)] = 1
+    """Pipeline stages of every engine."""
+    dp: Annotated[int, Field(ge=1, le=64)] = 1
+    """Data-parallel copies within every engine."""
+    expert_parallel: bool = False
+    """Whether an engine's workers share out the experts instead of slicing each."""
+    replicas: Annotated[int, Field(ge=1, le=64)] = 1
+    """Engines that are pushed to, each with an agent of its own."""
+    trainer_ranks: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes of the training job; more than one: FSDP2, each holds and pushes its shards."""
     workdir: Path | None = None
     """Folder for checkpoints and logs, empty or new, that is kept; None: a temporary one."""
     keep: bool = False
@@ -44,14 +54,22 @@ class DemoOptions(BaseModel):
         """Whether the weights are on GPUs."""
         return self.device == "cuda" or (self.device == "auto" and _NVIDIA.exists())
 
+    @property
+    def workers(self) -> int:
+        """Workers of one engine."""
+        return self.tp * self.pp * self.dp
+
     def check(self) -> None:
         """What can be told before anything is started.
 
         Raises:
             InputError: A value is wrong, or two do not go together.
         """
-        if self.engine == "torch" and self.tp > 1:
-            raise InputError("--engine torch has one worker", hint="leave --tp out, or use vllm")
+        if self.engine == "torch" and (self.workers > 1 or self.expert_parallel):
+            raise InputError(
+                "--engine torch has one worker",
+                hint="leave --tp, --pp, --dp and --expert-parallel out, or use vllm",
+            )
         folder = self.workdir
         if folder is not None and folder.exists() and not _is_empty_folder(folder):
             raise InputError(f"--workdir {folder} is not an empty folder", hint="name a new one")

@@ -93,13 +93,15 @@ class _Demo:
 
     def run(self) -> None:
         view, folder = self._view, self._folder
-        first = Stack("first", self._options, self._processes, self._deadline)
+        options = self._options
+        first = Stack("first", options, self._processes, self._deadline, options.replicas)
         trainer = TrainerLink(
             self._processes,
-            self._options.config_file,
+            options.config_file,
             folder,
-            first.agent_url,
-            "cuda" if self._options.cuda else "cpu",
+            first.agent_urls,
+            "cuda" if options.cuda else "cpu",
+            options.trainer_ranks,
             self._deadline,
         )
         view.working("making a model with random weights")
@@ -111,10 +113,12 @@ class _Demo:
         prompts = make_prompts(made["vocab_size"])
         context = context_tokens(made["max_positions"])
 
-        view.working(f"starting {self._options.engine} on it, and the agent")
+        many = options.replicas > 1
+        what = f"{options.replicas} engines ({options.engine})" if many else options.engine
+        view.working(f"starting {what} on it, and {'their agents' if many else 'the agent'}")
         first.start(folder / "v0", context)
         try:
-            self._note_engine(first.wait_ready())
+            self._note_engines(first.wait_ready())
         except REFUSALS as error:
             # the engine's own checkpoint is too much for it: no agent lets a trainer in
             self._refused(error, old_weights_served=bool(first.answers(prompts)))
@@ -125,7 +129,7 @@ class _Demo:
 
         longest = max(len(p) for p in prompts)
         try:
-            with Traffic(first.engine_url, prompts, context - longest) as traffic:
+            with Traffic(first.engine_urls, prompts, context - longest) as traffic:
                 for version in range(1, self._options.pushes + 1):
                     self._push(trainer, version)
                     answers.append(first.answers(prompts))
@@ -168,22 +172,26 @@ class _Demo:
         second.start(self._folder / "trained", context)
         first.stop()  # it is gone long before the second one needs its memory
         second.wait_ready()
-        fresh, fresh_sums = second.answers(prompts), second.checksums()
+        fresh = second.answers(prompts)
         view.done("a second engine, freshly loaded from the checkpoint that the trainer saved")
 
-        equal = sum(fresh_sums.get(name) == digest for name, digest in pushed_sums.items())
-        result.bytes_equal_fresh_load = bool(pushed_sums) and pushed_sums == fresh_sums
-        result.logprobs_equal_fresh_load = pushed == fresh
+        (fresh_sums,) = second.checksums()
+        equal = sum(
+            fresh_sums.get(name) == digest for sums in pushed_sums for name, digest in sums.items()
+        )
+        result.bytes_equal_fresh_load = bool(fresh_sums) and all(
+            sums == fresh_sums for sums in pushed_sums
+        )
+        result.logprobs_equal_fresh_load = pushed == fresh * len(pushed_sums)
         moves = list(pairwise([*answers[:-1], pushed]))
         moved = all(before != after for before, after in [*moves, (answers[0], pushed)])
+        engines = "the engine" if len(pushed_sums) == 1 else f"{len(pushed_sums)} engines"
         answered = f"{traffic.answered} completions answered during the pushes, none failed"
+        tensors = f"{equal} of {len(fresh_sums) * len(pushed_sums)} tensors of {engines}"
         checks = [
+            (f"{tensors} have the fresh load's SHA-256", result.bytes_equal_fresh_load),
             (
-                f"{equal} of {len(fresh_sums)} tensors of the engine have the fresh load's SHA-256",
-                result.bytes_equal_fresh_load,
-            ),
-            (
-                f"{len(prompts)} prompts × {PROBE_TOKENS} tokens have the fresh load's logprobs",
+                f"{len(pushed)} prompts × {PROBE_TOKENS} tokens have the fresh load's logprobs",
                 result.logprobs_equal_fresh_load,
             ),
             ("every push moved the logprobs: the comparison could have failed", moved),
@@ -195,9 +203,11 @@ class _Demo:
             raise EngineError("the proof failed; these do not hold: " + "; ".join(failed))
         result.exit_code = EXIT_OK
 
-    def _note_engine(self, status: dict[str, Any]) -> None:
-        result, workers = self._result, status["workers"]
-        result.engine = f"{status['engine']['name']} {status['engine']['version']}"
+    def _note_engines(self, statuses: list[dict[str, Any]]) -> None:
+        result = self._result
+        workers = [worker for status in statuses for worker in status["workers"]]
+        engine = statuses[0]["engine"]
+        result.engine = f"{engine['name']} {engine['version']}"
         result.kernel_tensors = sum(w["kernel_tensors"] for w in workers)
         result.direct = sum(w["direct"] for w in workers)
         result.staged = sum(w["staged"] for w in workers)

@@ -1,40 +1,28 @@
-"""An engine and the agent beside it, as the demo starts them."""
+"""Engines and the agents beside them, as the demo starts them."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from weightsync.errors import (
-    DeadlineError,
-    EngineError,
-    ManifestError,
-    RefusedError,
-    TraceError,
-    WeightSyncError,
-    from_problem,
-)
+from weightsync.errors import EngineError
+from weightsync_client.demo.agent import DemoAgent
 from weightsync_client.demo.ask import CONTEXT_TOKENS, PROBE_TOKENS, Answer, complete
 from weightsync_client.demo.options import DemoOptions
 from weightsync_client.demo.processes import Deadline, Process, Processes, end_all, free_port
 
-_POLL_S = 0.1
-_CALL_S = 300.0
-_LOCAL = "http://127.0.0.1"
+_ANSWER_S = 300.0
 # whole CUDA graphs, whose replays must see the new weights, without the minute of a compilation
 _CUDA_OPTIONS = (
     *("--compilation-config", '{"mode": 0, "cudagraph_mode": "FULL"}'),
-    *("--gpu-memory-utilization", "0.5", "--kv-cache-memory-bytes", str(1 << 30)),
+    *("--kv-cache-memory-bytes", str(1 << 30)),
 )
-# asking again changes nothing about these
-_HOPELESS = {TraceError.code, RefusedError.code, ManifestError.code}
 
 
 def shared_environ(environ: Mapping[str, str]) -> dict[str, str]:
@@ -74,18 +62,26 @@ def engine_command(options: DemoOptions, model: Path, port: int, context: int) -
         *("--worker-extension-cls", "weightsync_server.worker.WeightsyncWorker"),
         *("--middleware", "weightsync_server.middleware.WeightsyncMiddleware"),
         *("--skip-tokenizer-init", "--dtype", "bfloat16"),
-        *(_CUDA_OPTIONS if options.cuda else ("--enforce-eager",)),
+        *(_cuda_options(options) if options.cuda else ("--enforce-eager",)),
         *("--max-model-len", str(context), "--tensor-parallel-size", str(options.tp)),
+        *("--pipeline-parallel-size", str(options.pp), "--data-parallel-size", str(options.dp)),
+        *(("--enable-expert-parallel",) if options.expert_parallel else ()),
     ]
 
 
-def engine_environ(options: DemoOptions) -> dict[str, str]:
-    """What the engine sees beside :func:`shared_environ`."""
+def _cuda_options(options: DemoOptions) -> tuple[str, ...]:
+    # replicas may have to share a GPU
+    share = 0.5 if options.replicas == 1 else 0.7 / options.replicas
+    return (*_CUDA_OPTIONS, "--gpu-memory-utilization", f"{share:.2f}")
+
+
+def engine_environ(options: DemoOptions, replica: int = 0) -> dict[str, str]:
+    """What an engine sees beside :func:`shared_environ`."""
     if options.engine == "torch":
         return {}
     if options.cuda:
-        # the trainer keeps to the first GPU; all are visible, so that peers can be mapped
-        return {"VLLM_NO_USAGE_STATS": "1", "CUDA_VISIBLE_DEVICES": _engine_gpus()}
+        first = options.trainer_ranks + replica * options.workers
+        return {"VLLM_NO_USAGE_STATS": "1", "CUDA_VISIBLE_DEVICES": _gpus_from(first)}
     return {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -94,15 +90,19 @@ def engine_environ(options: DemoOptions) -> dict[str, str]:
     }
 
 
-def _engine_gpus() -> str:
-    """All GPUs, the trainer's (the first) last."""
+def _gpus_from(first: int) -> str:
+    """All GPUs, so that peers can be mapped, from that one on; those before it come last.
+
+    Trainer ranks keep to the first ones, and engines take what follows, round and round.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         count = sum(1 for path in Path("/dev").glob("nvidia[0-9]*"))
         gpus = [str(k) for k in range(count)]
     else:
         gpus = visible.split(",")
-    return ",".join([*gpus[1:], gpus[0]]) if gpus else ""
+    start = first % len(gpus) if gpus else 0
+    return ",".join([*gpus[start:], *gpus[:start]])
 
 
 def context_tokens(max_positions: int | None) -> int:
@@ -111,125 +111,104 @@ def context_tokens(max_positions: int | None) -> int:
 
 
 class Stack:
-    """One engine with its agent.  The agent listens from the start, the engine once it is told to.
+    """Engines and their agents.  Agents listen from the start, engines once they are told to.
 
     Args:
         name: In logs and messages.
         options: The demo's.
         processes: Starts them.
         deadline: Of every wait.
+        replicas: How many engines.
     """
 
     def __init__(
-        self, name: str, options: DemoOptions, processes: Processes, deadline: Deadline
+        self,
+        name: str,
+        options: DemoOptions,
+        processes: Processes,
+        deadline: Deadline,
+        replicas: int = 1,
     ) -> None:
-        self._name = name
+        numbers = [""] if replicas == 1 else [f" {k}" for k in range(replicas)]
+        self._names = [f"{name} engine{number}" for number in numbers]
         self._options = options
         self._processes = processes
         self._deadline = deadline
-        self._engine_port, self._agent_port = free_port(), free_port()
-        self.engine_url = f"{_LOCAL}:{self._engine_port}"
-        self.agent_url = f"{_LOCAL}:{self._agent_port}"
-        self._started: list[Process] = []
+        self._ports = [free_port() for _ in numbers]
+        self.engine_urls = [f"http://127.0.0.1:{port}" for port in self._ports]
+        self._agents = [
+            DemoAgent(f"{name} agent{number}", processes, deadline) for number in numbers
+        ]
+        self._engines: list[Process] = []
+
+    @property
+    def agent_urls(self) -> list[str]:
+        """Where the agents listen."""
+        return [agent.url for agent in self._agents]
 
     def start(self, model: Path, context: int) -> None:
-        """Start the engine on a checkpoint, and the agent."""
-        command = engine_command(self._options, model, self._engine_port, context)
-        environ = engine_environ(self._options)
-        start = self._processes.start
-        self._started.append(start(f"{self._name} engine", command, environ))
-        agent = [sys.executable, "-m", "weightsync_server.agent.cli"]
-        agent += ["--engine-url", self.engine_url, "--port", str(self._agent_port)]
-        # it finds the engine soon after that is up
-        agent += ["--engine-poll-s", "0.25", "--attach-backoff-max-s", "1"]
-        self._started.append(start(f"{self._name} agent", agent))
+        """Start every engine on a checkpoint, and the agents."""
+        for k, (name, port) in enumerate(zip(self._names, self._ports, strict=True)):
+            command = engine_command(self._options, model, port, context)
+            environ = engine_environ(self._options, k)
+            self._engines.append(self._processes.start(name, command, environ))
+        for agent, url in zip(self._agents, self.engine_urls, strict=True):
+            agent.start(url)
 
-    def wait_ready(self) -> dict[str, Any]:
-        """Wait until the agent's admission gate opens; the agent's status then.
+    def wait_ready(self) -> list[dict[str, Any]]:
+        """Wait until every agent's admission gate opens; the agents' statuses then.
 
         Raises:
             EngineError: A process ended.
-            RefusedError, TraceError, ManifestError: The engine cannot be attached to with the
+            RefusedError, TraceError, ManifestError: An engine cannot be attached to with the
                 checkpoint that it serves.
             DeadlineError: The demo is out of time.
         """
-        with self._http(self.agent_url) as http:
-            while True:
-                for process in self._started:
-                    process.check()
-                left_s = min(5.0, self._deadline.left_s(f"the {self._name} engine and its agent"))
-                try:
-                    ready = http.get("/readyz", timeout=left_s).status_code == 200
-                    status: dict[str, Any] = http.get("/status", timeout=left_s).json()
-                except httpx.HTTPError:
-                    time.sleep(_POLL_S)
-                    continue
-                if ready:
-                    return status
-                errors = status.get("last_errors", [])
-                if errors and errors[-1]["code"] in _HOPELESS:
-                    raise self._attach_error(http)
-                time.sleep(_POLL_S)
+        return [agent.wait_ready(self._engines) for agent in self._agents]
 
     def answers(self, prompts: Sequence[Sequence[int]]) -> list[Answer]:
-        """What the engine generates, greedily, for each prompt, one after the other.
+        """What each engine generates, greedily, for each prompt, one after the other.
 
         Raises:
-            EngineError: It does not answer as it should; with the end of its log, if it is over.
+            EngineError: One does not answer as it should; with the end of its log, if it is over.
         """
-        with self._http(self.engine_url) as http:
+        return [
+            answer
+            for url, process in zip(self.engine_urls, self._engines, strict=True)
+            for answer in self._answers(url, process, prompts)
+        ]
+
+    def _answers(
+        self, url: str, process: Process, prompts: Sequence[Sequence[int]]
+    ) -> list[Answer]:
+        # a proxy is for the internet, not for the loopback interface
+        with httpx.Client(base_url=url, trust_env=False) as http:
             try:
                 return [
-                    complete(http, p, max_tokens=PROBE_TOKENS, timeout_s=self._call_s("an answer"))
-                    for p in prompts
+                    complete(
+                        http,
+                        prompt,
+                        max_tokens=PROBE_TOKENS,
+                        timeout_s=min(_ANSWER_S, self._deadline.left_s("an answer")),
+                    )
+                    for prompt in prompts
                 ]
             except EngineError:
-                self._started[0].check()
+                process.check()
                 raise
 
     def is_ready(self) -> bool:
-        """Whether the admission gate is open now."""
-        with self._http(self.agent_url) as http:
-            return http.get("/readyz", timeout=self._call_s("/readyz")).status_code == 200
+        """Whether every admission gate is open now."""
+        return all(agent.is_ready() for agent in self._agents)
 
-    def checksums(self) -> dict[str, str]:
-        """SHA-256 of every final kernel tensor, by name.
+    def checksums(self) -> list[dict[str, str]]:
+        """Of each engine the SHA-256 of every final kernel tensor, by name.
 
         Raises:
-            WeightSyncError: What the agent answers instead.
+            WeightSyncError: What an agent answers instead.
         """
-        answer = self._agent_call("GET", "/checksums")
-        return {str(k): str(v) for k, v in answer["sha256"].items()}
+        return [agent.checksums() for agent in self._agents]
 
     def stop(self) -> None:
-        """End both.  The agent first, so that it does not report a lost engine."""
-        end_all(self._started[::-1])
-
-    def _attach_error(self, http: httpx.Client) -> WeightSyncError:
-        """What keeps the agent from attaching, as the workers put it."""
-        answer = http.post("/attach", json={}, timeout=self._call_s("/attach"))
-        problem = answer.json()
-        return from_problem(problem)
-
-    def _agent_call(self, method: str, path: str) -> dict[str, Any]:
-        timeout_s = self._call_s(path)
-        with self._http(self.agent_url) as http:
-            try:
-                response = http.request(method, path, timeout=timeout_s)
-            except httpx.TimeoutException as error:
-                raise DeadlineError(
-                    f"the {self._name} agent did not answer {path} in {timeout_s:g} s"
-                ) from error
-            except httpx.HTTPError as error:
-                raise EngineError(f"the {self._name} agent's {path} failed: {error!r}") from error
-        answer: dict[str, Any] = response.json()
-        if response.status_code != 200:
-            raise from_problem(answer)
-        return answer
-
-    def _call_s(self, what: str) -> float:
-        return min(_CALL_S, self._deadline.left_s(what))
-
-    def _http(self, url: str) -> httpx.Client:
-        # a proxy is for the internet, not for the loopback interface
-        return httpx.Client(base_url=url, trust_env=False)
+        """End all.  The agents first, so that they do not report a lost engine."""
+        end_all([*(a.process for a in self._agents if a.process is not None), *self._engines])

@@ -1,8 +1,9 @@
-"""The demo's training job, a process of its own: ``python -m weightsync_client.demo.trainer``.
+"""One rank of the demo's training job: ``python -m weightsync_client.demo.trainer``.
 
 It makes the model and its first checkpoint, then does what lines on its standard input say:
-``push VERSION`` changes every weight and pushes, ``save`` writes the last checkpoint.  What happens
-goes to its standard output, a JSON object a line.  It ends when its input does.
+``push VERSION`` changes every weight and pushes, ``save`` writes the last checkpoint.  It ends when
+its input does.  The environment is torchrun's.  Every rank is told the same; rank 0 writes the
+checkpoints, and what happens to its standard output, a JSON object a line.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch.distributed as dist
+
 from weightsync.errors import WeightSyncError
 from weightsync_client.demo.model import describe_model, draw_weights, new_model
+from weightsync_client.demo.sharded import gathered, join, own_device, shard
 from weightsync_client.publisher import Publisher
 from weightsync_client.report import PushReport
 
@@ -26,11 +30,14 @@ from weightsync_client.report import PushReport
 class Events:
     """Writes what happens, and is the publisher's progress."""
 
-    def __init__(self, out: TextIO) -> None:
+    def __init__(self, out: TextIO, rank: int) -> None:
         self._out = out
+        self._silent = rank > 0
 
     def send(self, event: str, **facts: Any) -> None:
-        """One line."""
+        """One line, if this is rank 0."""
+        if self._silent:
+            return
         self._out.write(json.dumps({"event": event, **facts}) + "\n")
         self._out.flush()
 
@@ -51,19 +58,24 @@ class Events:
         """Nothing: the error itself is sent."""
 
 
-def train(
-    config_file: Path | None, folder: Path, agent: str, device: str, lines: TextIO, out: Events
-) -> None:
+def train(options: argparse.Namespace, lines: TextIO, out: Events) -> None:
     """Make version 0, then do as told until ``lines`` end.
 
     Raises:
         WeightSyncError: The config cannot be used, or a push failed.
     """
-    model = new_model(config_file).to(device)
+    first: bool = options.rank == 0
+    device = own_device(options.device)
+    model = new_model(options.config).to(device)
     draw_weights(model, seed=0)
-    model.save_pretrained(folder / "v0")
-    out.send("made", **describe_model(model))
-    with Publisher([agent], progress=out) as publisher:
+    facts = describe_model(model)
+    if first:
+        model.save_pretrained(options.folder / "v0")
+    mesh = join(options.device)
+    if mesh is not None:
+        shard(model, mesh)
+    out.send("made", **facts)
+    with Publisher(options.agent, progress=out) as publisher:
         for line in lines:
             command, *rest = line.split()
             if command == "push":
@@ -71,8 +83,19 @@ def train(
                 draw_weights(model, seed=version)
                 publisher.push(model, version=version)
             elif command == "save":
-                model.save_pretrained(folder / "trained")
+                _save(model, options, sharded=mesh is not None)
                 out.send("saved")
+
+
+def _save(model: Any, options: argparse.Namespace, *, sharded: bool) -> None:
+    """Write the checkpoint ``trained``; of shards, what torch itself gathers from them."""
+    if sharded:
+        weights = gathered(model)
+        if options.rank > 0:
+            return
+        model = new_model(options.config)
+        model.load_state_dict(weights)
+    model.save_pretrained(options.folder / "trained")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,27 +103,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="weightsync_client.demo.trainer")
     parser.add_argument("--config", type=Path)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--agent", required=True)
+    parser.add_argument("--agent", action="append", required=True)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(argv)
+    options.rank = int(os.environ["RANK"])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     with _own_stdout() as out:
-        events = Events(out)
+        events = Events(out, options.rank)
         try:
-            train(
-                options.config,
-                options.folder,
-                options.agent,
-                options.device,
-                sys.stdin,
-                events,
-            )
+            train(options, sys.stdin, events)
         except WeightSyncError as error:
             logging.getLogger(__name__).exception("the trainer ends")
             problem = error.to_problem()
             # what is no JSON in the context is of use to a reader of the log alone
             events.send("failed", problem=json.loads(json.dumps(problem, default=str)))
             return 1
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return 0
 
 

@@ -119,7 +119,11 @@ class TerminalView:
 
     def opened(self, options: DemoOptions) -> None:
         """The picture of the processes."""
-        engine = f"{options.engine} × {options.tp}" if options.tp > 1 else options.engine
+        engine: str = options.engine
+        if options.workers > 1:
+            engine = f"{engine} × {options.workers}"
+        if options.replicas > 1:
+            engine = f"{engine}, {options.replicas} engines"
         picture = Text(_PICTURE.format(engine=engine))
         picture.highlight_regex(r"trainer|agent|vllm.*|torch", "bold cyan")
         picture.highlight_regex("one-sided NIXL writes", "magenta")
