@@ -62,6 +62,8 @@ class Epoch:
         check_writes(self.target.layout, writes)
         peers = {r.rank: self.transport.add_peer(r.metadata) for r in ranks if r.writes}
         self._peers, self._writes = peers, {rank: writes[rank] for rank in peers}
+        # compile the kernel now, not while the engine stands still at the first commit
+        digest.digests([self.target.piece(*declared[0]) for declared in self._writes.values()])
 
     def begin(self, body: BeginBody) -> bool:
         """Expect a version; False: this very push has begun already.
