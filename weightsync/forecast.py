@@ -10,7 +10,7 @@ import numpy as np
 from weightsync.geometry import Int64s
 from weightsync.layout import WorkerLayout
 from weightsync.plan import Job
-from weightsync.slots import SLOT_ALIGN_NBYTES
+from weightsync.slots import SLOT_ALIGN_NBYTES, round_nbytes
 
 #: seconds that one write costs beside its bytes (measured over NVLink)
 WRITE_S = 5.5e-6
@@ -46,10 +46,12 @@ class Forecast:
         rank_nbytes: Bytes that a rank sends.
         rank_writes: Writes that a rank makes.
         slot_nbytes: Slot memory of a rank.
+        rounds: In which its bytes go through it, on the rank with the most.
         handles: Workers that a rank writes to: it keeps one transfer handle for each.
         worker_nbytes: Bytes that a worker receives.
         fill_s: Seconds to fill the slots, on the rank with the most.
-        wire_s: Seconds to write, on the busiest NIC of all ranks and workers.
+        wire_s: Seconds to write, on the busiest NIC of all ranks and workers; where a rank fills
+            slots again meanwhile, not less than that takes.
     """
 
     slots: int
@@ -58,6 +60,7 @@ class Forecast:
     rank_nbytes: Spread
     rank_writes: Spread
     slot_nbytes: Spread
+    rounds: int
     handles: Spread
     worker_nbytes: Spread
     fill_s: float
@@ -75,6 +78,7 @@ def forecast(
     *,
     nic_gbps: float = 400.0,
     fill_nbytes_per_s: float = FILL_NBYTES_PER_S,
+    max_slot_nbytes: int | None = None,
 ) -> Forecast:
     """The figures of a proven job.
 
@@ -84,6 +88,10 @@ def forecast(
         ranks: Ranks of the trainer.
         nic_gbps: Gigabits a second of the one NIC that each rank and each worker has.
         fill_nbytes_per_s: Bytes of slot memory that a rank fills in a second.
+        max_slot_nbytes: Bound of a rank's slot memory.
+
+    Raises:
+        PlanError: The bound is too small.
     """
     starts, stops, owners = _merged(job)
     nbytes = stops - starts
@@ -96,22 +104,30 @@ def forecast(
         return total
 
     aligned = -(-nbytes // SLOT_ALIGN_NBYTES) * SLOT_ALIGN_NBYTES
-    sent, writes, slot_nbytes = a_rank(nbytes * copies), a_rank(copies), a_rank(aligned)
+    packed = a_rank(aligned)
+    # Bytes of a round on each rank; a slot that lies in several rounds has a write in each.
+    each = np.array([round_nbytes(n, max_slot_nbytes) for n in packed.tolist()], dtype=np.int64)
+    offsets = np.cumsum(aligned) - aligned - (np.cumsum(packed) - packed)[owners]
+    pieces = (offsets + nbytes - 1) // each[owners] - offsets // each[owners] + 1
+    rounds = -(-packed // np.maximum(each, 1))
+    sent, writes = a_rank(nbytes * copies), a_rank(pieces * copies)
+    slot_nbytes = np.where(rounds > 1, 2 * each, packed)
+    refill_s = np.maximum(packed - 2 * each, 0) / fill_nbytes_per_s
     received = np.array([_received(layout) for layout in layouts], dtype=np.int64)
     rate = nic_gbps * 1e9 / 8
-    wire_s = max(
-        float((sent / rate + writes * WRITE_S).max(initial=0.0)), float(received.max()) / rate
-    )
+    post_s = np.maximum(sent / rate + writes * WRITE_S, refill_s)
+    wire_s = max(float(post_s.max(initial=0.0)), float(received.max()) / rate)
     return Forecast(
-        slots=len(starts),
-        writes=int(copies.sum()),
+        slots=int(pieces.sum()),
+        writes=int(writes.sum()),
         nbytes=int(sent.sum()),
         rank_nbytes=Spread.of(sent),
         rank_writes=Spread.of(writes),
         slot_nbytes=Spread.of(slot_nbytes),
+        rounds=int(rounds.max(initial=1)),
         handles=Spread.of(_handles(job, owners, target, ranks)),
         worker_nbytes=Spread.of(received),
-        fill_s=float(slot_nbytes.max()) / fill_nbytes_per_s,
+        fill_s=float(packed.max()) / fill_nbytes_per_s,
         wire_s=wire_s,
     )
 

@@ -168,6 +168,13 @@ def clip(
         yield StridedCopy(src, dst, _shorten(dims))
 
 
+def clip_dst(copy: StridedCopy, lo: int, hi: int) -> Iterator[StridedCopy]:
+    """The part of ``copy`` whose destination address is in ``[lo, hi)``."""
+    turned = tuple((n, d, s) for n, s, d in copy.dims)
+    for dst, src, dims in _clip_line(copy.dst_offset, copy.src_offset, turned, lo, hi):
+        yield StridedCopy(src, dst, _shorten((n, s, d) for n, d, s in dims))
+
+
 def _levels(tensor_shape: Sequence[int], window: Box, storage: Box) -> list[_Level]:
     """The tensor's dims, where a dim that both boxes span is merged into the one before it."""
     sizes: list[list[int]] = [[1, 0, 1, 0, 1]]  # size, window lo and hi, storage lo and hi

@@ -20,11 +20,13 @@ from weightsync.geometry import dst_runs
 from weightsync.layout import CopyRecord, WorkerLayout
 from weightsync.manifest import Manifest
 from weightsync.ownership import Cells, Holdings, assign
-from weightsync.slots import Fill, Slots, Write, fills
+from weightsync.slots import Fill, Pieces, Round, Slots, Write, fills, round_nbytes
 from weightsync.survey import Runs, address_space, all_runs, pieces_of
 from weightsync.targets import Places, Target, find_targets
 
-__all__ = ["Fill", "Holdings", "Job", "TransportPlan", "Write", "build_plan", "build_plans"]
+__all__ = [
+    "Fill", "Holdings", "Job", "Round", "TransportPlan", "Write", "build_plan", "build_plans",
+]  # fmt: skip
 
 #: replicated tensors are shared out in parts of at least this: small enough to balance, large
 #: enough that a part's descriptor costs nothing beside its bytes
@@ -38,15 +40,28 @@ class TransportPlan:
     Attributes:
         rank: The writing rank.
         slot_nbytes: Bytes of slot memory that it needs.
-        fills: What makes the slots; together they write every byte that ``writes`` reads.
-        writes: For every worker (in the order of the layouts) what goes there; workers that want
-            the same bytes read the same slot.
+        rounds: What goes through the slot memory, in this order.  From the third round on each
+            takes the memory of the last but one.
     """
 
     rank: int
     slot_nbytes: int
-    fills: tuple[Fill, ...]
-    writes: tuple[tuple[Write, ...], ...]
+    rounds: tuple[Round, ...]
+
+    @property
+    def fills(self) -> tuple[Fill, ...]:
+        """Of all rounds."""
+        return tuple(fill for each in self.rounds for fill in each.fills)
+
+    @cached_property
+    def writes(self) -> tuple[tuple[Write, ...], ...]:
+        """For every worker the writes of all rounds, in the order in which it is told of them."""
+        if len(self.rounds) == 1:
+            return self.rounds[0].writes
+        return tuple(
+            tuple(write for writes in of_rounds for write in writes)
+            for of_rounds in zip(*(each.writes for each in self.rounds), strict=True)
+        )
 
     @cached_property
     def nbytes(self) -> int:
@@ -66,6 +81,7 @@ def build_plan(
     rank: int = 0,
     allow_skipped: Sequence[str] = (),
     split_nbytes: int = SPLIT_NBYTES,
+    max_slot_nbytes: int | None = None,
 ) -> TransportPlan:
     """Plan one rank's part, and prove the whole.
 
@@ -78,10 +94,12 @@ def build_plan(
         rank: Whose plan to return.
         allow_skipped: Shell patterns of tensors that the engines may drop.
         split_nbytes: Tensors that several ranks hold are cut between them, not below this size.
+        max_slot_nbytes: Bound of ``slot_nbytes``; what does not fit goes in rounds.
 
     Raises:
         ManifestError: A tensor that no engine knows, or kernel bytes for which there is none.
-        PlanError: Bytes that no rank holds, bytes written twice, or a broken layout.
+        PlanError: Bytes that no rank holds, bytes written twice, a broken layout, or a bound of
+            slot memory that is too small.
     """
     return build_plans(
         manifest,
@@ -90,6 +108,7 @@ def build_plan(
         ranks=[rank],
         allow_skipped=allow_skipped,
         split_nbytes=split_nbytes,
+        max_slot_nbytes=max_slot_nbytes,
     )[0]
 
 
@@ -101,6 +120,7 @@ def build_plans(
     ranks: Sequence[int] | None = None,
     allow_skipped: Sequence[str] = (),
     split_nbytes: int = SPLIT_NBYTES,
+    max_slot_nbytes: int | None = None,
 ) -> list[TransportPlan]:
     """The plans of several ranks (default: all), as :func:`build_plan` makes each."""
     world_size = 1 if holdings is None else len(holdings)
@@ -114,7 +134,7 @@ def build_plans(
         manifest, layouts, holdings, allow_skipped=allow_skipped, split_nbytes=split_nbytes
     )
     job.prove()
-    return [job.plan(rank) for rank in ranks]
+    return [job.plan(rank, max_slot_nbytes=max_slot_nbytes) for rank in ranks]
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,9 +198,13 @@ class Job:
         """
         _prove(self)
 
-    def plan(self, rank: int) -> TransportPlan:
-        """One rank's part.  It costs what the rank holds, not what the job is."""
-        return _plan_of(rank, self)
+    def plan(self, rank: int, *, max_slot_nbytes: int | None = None) -> TransportPlan:
+        """One rank's part.  It costs what the rank holds, not what the job is.
+
+        Raises:
+            PlanError: The bound of the slot memory is too small.
+        """
+        return _plan_of(rank, self, max_slot_nbytes)
 
 
 # ------------------------------------------------------------------ the proof
@@ -249,30 +273,59 @@ def _writers(target: Target, fault: Fault) -> Iterator[CopyRecord]:
 # ------------------------------------------------------------------ one rank's part
 
 
-def _plan_of(rank: int, job: Job) -> TransportPlan:
+def _plan_of(rank: int, job: Job, max_slot_nbytes: int | None) -> TransportPlan:
     pieces, starts, stops = pieces_of(rank, job.targets, job.space, job.cells)
     slots = Slots.lay_out(starts, stops)
-    made = tuple(fills(pieces, slots))
-    # The proof counts what is written; what is written must also have been filled.
-    filled_nbytes = sum(math.prod(fill.shape) * itemsize(fill.dtype) for fill in made)
-    if filled_nbytes != slots.filled_nbytes:
-        raise PlanError(
-            f"rank {rank} would fill {filled_nbytes} bytes of {slots.filled_nbytes} that it writes",
-            hint="this is a defect of weightsync: please report it with the layout",
-        )
-    bases = job.space.bases
-    cuts = np.searchsorted(slots.starts, bases).tolist()
-    origins = bases.tolist()
-    nbytes = slots.stops - slots.starts
-    merged = list(zip(slots.offsets.tolist(), nbytes.tolist(), slots.starts.tolist(), strict=True))
-    # Workers that want all alike have one list of places, and get one tuple of writes.
-    by_place: dict[int, tuple[Write, ...]] = {}
-    for here in job.places:
-        if id(here) not in by_place:
-            by_place[id(here)] = tuple(
-                Write(slot_offset, length, region, start - origins[target])
-                for region, target in enumerate(here)
-                for slot_offset, length, start in merged[cuts[target] : cuts[target + 1]]
+    each_nbytes = round_nbytes(slots.nbytes, max_slot_nbytes)
+    parts = slots.rounds(each_nbytes)
+    if len(parts) == 1:
+        made = [tuple(fills(pieces, slots))]
+    else:
+        by_address = Pieces(pieces)
+        made = [
+            tuple(fills(by_address.between(int(part.starts[0]), int(part.stops[-1])), part))
+            for part in parts
+        ]
+    for some, part in zip(made, parts, strict=True):
+        # The proof counts what is written; what is written must also have been filled.
+        filled_nbytes = sum(math.prod(fill.shape) * itemsize(fill.dtype) for fill in some)
+        if filled_nbytes != part.filled_nbytes:
+            raise PlanError(
+                f"rank {rank} would fill {filled_nbytes} bytes of {part.filled_nbytes} that it "
+                "writes",
+                hint="this is a defect of weightsync: please report it with the layout",
             )
-    writes = tuple(by_place[id(here)] for here in job.places)
-    return TransportPlan(rank, slots.nbytes, made, writes)
+    writes = _writes(job, parts)
+    return TransportPlan(
+        rank,
+        slots.nbytes if len(parts) == 1 else 2 * each_nbytes,
+        tuple(Round(some, here) for some, here in zip(made, writes, strict=True)),
+    )
+
+
+def _writes(job: Job, parts: Sequence[Slots]) -> list[tuple[tuple[Write, ...], ...]]:
+    """Of every round, the writes to every worker."""
+    starts = np.concatenate([part.starts for part in parts])  # rounds follow the addresses
+    cuts = np.searchsorted(starts, job.space.bases).tolist()
+    origins = job.space.bases.tolist()
+    merged = [
+        (k, *slot)
+        for k, part in enumerate(parts)
+        for slot in zip(
+            part.offsets.tolist(),
+            (part.stops - part.starts).tolist(),
+            part.starts.tolist(),
+            strict=True,
+        )
+    ]
+    # Workers that want all alike have one list of places, and get one tuple of writes.
+    by_place: dict[int, list[tuple[Write, ...]]] = {}
+    for here in job.places:
+        if id(here) in by_place:
+            continue
+        found: list[list[Write]] = [[] for _ in parts]
+        for region, target in enumerate(here):
+            for k, slot_offset, length, start in merged[cuts[target] : cuts[target + 1]]:
+                found[k].append(Write(slot_offset, length, region, start - origins[target]))
+        by_place[id(here)] = [tuple(writes) for writes in found]
+    return [tuple(by_place[id(here)][k] for here in job.places) for k in range(len(parts))]

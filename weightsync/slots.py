@@ -9,10 +9,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from weightsync.geometry import Int64s, StridedCopy, affine_blocks, grid, union
+from weightsync.errors import PlanError
+from weightsync.geometry import Int64s, StridedCopy, affine_blocks, clip_dst, grid, union
 
 #: every piece of a slot begins at a multiple of this many bytes
 SLOT_ALIGN_NBYTES = 64
+#: a push in more rounds than this spends its time between them
+MAX_ROUNDS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,20 @@ class Write:
     offset: int
 
 
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What is in the slot memory at one time.
+
+    Attributes:
+        fills: What makes these slots; together they write every byte that ``writes`` reads.
+        writes: For every worker (in the order of the layouts) what goes there; workers that want
+            the same bytes read the same slot.
+    """
+
+    fills: tuple[Fill, ...]
+    writes: tuple[tuple[Write, ...], ...]
+
+
 class Piece(NamedTuple):
     """Part of the copies into a kernel tensor that one rank makes from one of its boxes.
 
@@ -91,6 +108,29 @@ class Slots:
         """Bytes of all intervals, without the padding between them."""
         return int((self.stops - self.starts).sum())
 
+    def rounds(self, round_nbytes: int) -> list[Slots]:
+        """The slots in rounds of ``round_nbytes`` (a multiple of the alignment) at most.
+
+        Rounds follow the addresses, and take turns in two halves of the memory: one is filled
+        while the other is on the wire.
+        """
+        if self.nbytes <= round_nbytes:
+            return [self]
+        found: list[Slots] = []
+        for k, lo in enumerate(range(0, self.nbytes, round_nbytes)):
+            # Slots begin at multiples of the alignment, which every item size divides: so do cuts.
+            hi = lo + round_nbytes
+            first = int(np.searchsorted(self.offsets, lo, side="right")) - 1
+            part = slice(first, int(np.searchsorted(self.offsets, hi, side="left")))
+            offsets: Int64s = np.maximum(self.offsets[part], lo)
+            starts: Int64s = self.starts[part] + (offsets - self.offsets[part])
+            stops: Int64s = np.minimum(
+                self.stops[part], self.starts[part] + (hi - self.offsets[part])
+            )
+            offsets = offsets - lo + k % 2 * round_nbytes
+            found.append(Slots(starts, stops, offsets, round_nbytes))
+        return found
+
     def place(
         self, addresses: Int64s, nbytes: int | Int64s
     ) -> tuple[Int64s, npt.NDArray[np.bool_]]:
@@ -98,6 +138,59 @@ class Slots:
         k = np.searchsorted(self.starts, addresses, side="right") - 1
         offsets: Int64s = addresses - self.starts[k] + self.offsets[k]
         return offsets, np.asarray(addresses + nbytes <= self.stops[k])
+
+
+def round_nbytes(nbytes: int, max_nbytes: int | None) -> int:
+    """Bytes of the rounds in which ``nbytes`` of slots go through a bounded memory.
+
+    Returns:
+        ``nbytes`` where all fits at once; else a multiple of the alignment, not more than half of
+        ``max_nbytes``, such that the rounds are as few as can be and alike.
+
+    Raises:
+        PlanError: The bound is too small.
+    """
+    if max_nbytes is None or nbytes <= max_nbytes:
+        return nbytes
+    half = max_nbytes // 2 // SLOT_ALIGN_NBYTES * SLOT_ALIGN_NBYTES
+    if half * MAX_ROUNDS < nbytes:
+        least = 2 * _aligned(-(-nbytes // MAX_ROUNDS))
+        raise PlanError(
+            f"{nbytes} bytes of slots do not go through {max_nbytes} bytes of slot memory in "
+            f"{MAX_ROUNDS} rounds",
+            hint=f"raise max_slot_bytes to {least} or more",
+            least=least,
+        )
+    return _aligned(-(-nbytes // -(-nbytes // half)))
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // SLOT_ALIGN_NBYTES) * SLOT_ALIGN_NBYTES
+
+
+class Pieces:
+    """All pieces of a rank, found by address."""
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self._pieces = pieces
+        firsts = [p.base + p.copy.dst_offset * p.itemsize for p in pieces]
+        spans = [(p.copy.dst_span + 1) * p.itemsize for p in pieces]
+        self._firsts: Int64s = np.array(firsts, dtype=np.int64)
+        self._stops: Int64s = self._firsts + np.array(spans, dtype=np.int64)
+
+    def between(self, lo: int, hi: int) -> list[Piece]:
+        """What the pieces write to plan addresses ``[lo, hi)``, which cut no element."""
+        found: list[Piece] = []
+        near = np.flatnonzero((self._firsts < hi) & (self._stops > lo))
+        inside = (self._firsts[near] >= lo) & (self._stops[near] <= hi)
+        for index, whole in zip(near.tolist(), inside.tolist(), strict=True):
+            piece = self._pieces[index]
+            if whole:
+                found.append(piece)
+                continue
+            first, stop = ((at - piece.base) // piece.itemsize for at in (lo, hi))
+            found += [piece._replace(copy=copy) for copy in clip_dst(piece.copy, first, stop)]
+        return found
 
 
 def fills(pieces: Sequence[Piece], slots: Slots) -> Iterator[Fill]:

@@ -64,6 +64,7 @@ class Outcome:
             "balance": figures.rank_nbytes.balance,
             "handles_per_rank": int(figures.handles.max),
             "slot_bytes_per_rank": int(figures.slot_nbytes.max),
+            "rounds": figures.rounds,
             "plan_seconds": self.plan_s,
             "plan_cpu_seconds": self.plan_cpu_s,
             "predicted": {
@@ -97,6 +98,7 @@ def plan_job(
     wire_dtype: str = "bf16",
     nic_gbps: float = 400.0,
     fill_gbytes_per_s: float = FILL_NBYTES_PER_S / 1e9,
+    max_slot_nbytes: int | None = None,
 ) -> Outcome:
     """Plan one rank, prove the job, and add it all up.
 
@@ -107,7 +109,7 @@ def plan_job(
     model = declare(config, wire_dtype=wire_dtype)
     layouts = inference.layouts(model)
     job = Job.of(model.manifest, layouts, holdings(model, trainer))
-    job.plan(0)
+    job.plan(0, max_slot_nbytes=max_slot_nbytes)
     planned, cpu = time.perf_counter(), time.process_time() - cpu
     job.prove()
     proven = time.perf_counter()
@@ -117,6 +119,7 @@ def plan_job(
         trainer.ranks,
         nic_gbps=nic_gbps,
         fill_nbytes_per_s=fill_gbytes_per_s * 1e9,
+        max_slot_nbytes=max_slot_nbytes,
     )
     return Outcome(
         model,
@@ -150,6 +153,10 @@ def plan(
     fill_gbytes_per_s: Annotated[
         float, typer.Option(help="Gigabytes of slots that a rank fills in a second.")
     ] = FILL_NBYTES_PER_S / 1e9,
+    max_slot_bytes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Bound of a rank's slot memory: the rest goes in rounds."),
+    ] = None,
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Show how planning time grows with the model.")
     ] = False,
@@ -184,6 +191,7 @@ def plan(
                         wire_dtype=wire_dtype,
                         nic_gbps=nic_gbps,
                         fill_gbytes_per_s=fill_gbytes_per_s,
+                        max_slot_nbytes=max_slot_bytes,
                     )
                 )
     except WeightSyncError as error:
@@ -240,6 +248,7 @@ def _summary(outcome: Outcome, nic_gbps: float) -> Table:
         ("slots", f"{figures.slots:,}", "contiguous pieces, shared by all engines"),
         ("writes", f"{figures.writes:,}", f"mean {human_bytes(figures.nbytes / figures.writes)}"),
         ("bytes", human_bytes(figures.nbytes), "over the wire"),
+        ("rounds", _count(figures.rounds), "through the slots, of the rank with the most"),
         ("fill", human_seconds(figures.fill_s), "while the engines serve"),
         ("wire", human_seconds(figures.wire_s), f"the pause, at {nic_gbps:g} Gb/s a NIC"),
         (

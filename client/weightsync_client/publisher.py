@@ -21,6 +21,7 @@ from weightsync_client.push import Open, Push, PushSettings, fleet_status
 from weightsync_client.rendezvous import Pushed
 from weightsync_client.report import PushReport
 from weightsync_client.settings import Deadlines, token_from_env
+from weightsync_client.slots import ALIGN_NBYTES
 from weightsync_client.source import Weights
 
 
@@ -46,6 +47,11 @@ class Publisher:
         progress: ``terminal``, ``log``, ``off``, ``auto`` (a terminal if stderr is one), or your
             own :class:`weightsync_client.progress.Progress`.
         ignore: Shell patterns of tensors that an engine may have no use for.
+        max_slot_bytes: Bound, rounded up to whole pages, of the registered memory that this rank's
+            bytes are packed in for the wire; None: what they take, which is this rank's part of
+            the model.  Where they do not fit they go in rounds, one half of the memory being
+            filled while the other is on the wire: a push then packs everything twice, and from
+            the third round on an engine waits for the slower of packing and wire.
         verify: True, or the TLS context to check ``https`` agents with.
         group: The ranks that push together: the default process group if there is one, another
             group of any backend, or None: this process alone.
@@ -66,12 +72,18 @@ class Publisher:
         deadlines: Deadlines | None = None,
         progress: ProgressKind | Progress = "auto",
         ignore: Sequence[str] = (),
+        max_slot_bytes: int | None = None,
         verify: ssl.SSLContext | bool = True,
         group: dist.ProcessGroup | Literal["default"] | None = "default",
     ) -> None:
         if transport != "nixl" and not callable(transport):
             raise InputError(
                 f"unknown transport {transport!r}", hint='"nixl", or a function that makes one'
+            )
+        if max_slot_bytes is not None and max_slot_bytes < ALIGN_NBYTES:
+            raise InputError(
+                f"max_slot_bytes is {max_slot_bytes}",
+                hint=f"slots are whole pages: {ALIGN_NBYTES} or more, or None: no bound",
             )
         deadlines = Deadlines() if deadlines is None else deadlines
         fleet = Fleet(
@@ -87,6 +99,7 @@ class Publisher:
             pause_mode=pause_mode,
             deadlines=deadlines,
             ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
+            max_slot_nbytes=max_slot_bytes,
             progress=make_progress(progress if ranks.rank == 0 else "off"),
         )
         self._held = Open(fleet, ranks)

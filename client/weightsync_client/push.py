@@ -36,6 +36,7 @@ class PushSettings:
     pause_mode: PauseMode
     deadlines: Deadlines
     ignore: tuple[str, ...]
+    max_slot_nbytes: int | None
     progress: Progress
 
 
@@ -139,6 +140,7 @@ class Push:
                     make_transport=settings.make_transport,
                     deadlines=deadlines,
                     ignore=settings.ignore,
+                    max_slot_nbytes=settings.max_slot_nbytes,
                     undo=self._undo,
                 )
             session = held.session
@@ -157,7 +159,7 @@ class Push:
             # From here on another rank may have written, whatever becomes of this one.
             self.wrote_nothing = False
             write_s = deadlines.for_bytes(deadlines.write_s, session.nbytes)
-            commit_s = deadlines.for_bytes(deadlines.commit_s, session.total_nbytes)
+            commit_s = deadlines.for_bytes(deadlines.commit_s, session.job.nbytes)
             report = self._meet(
                 "write",
                 lambda: self._write(session, write_s),
@@ -231,7 +233,7 @@ class Push:
                 heard_at=self._filled_at,
                 fresh_s=_FOLLOWER_FRESH_S,
             )
-        session.write(self._version, timeout_s=timeout_s)
+        session.write(self._version, self._pushed.source, timeout_s=timeout_s)
 
     def _commit_and_resume(self, session: Session, commit_s: float) -> PushReport:
         transaction = self._transaction
@@ -246,7 +248,8 @@ class Push:
         return PushReport(
             version=self._version,
             push_id=self._push_id,
-            nbytes=session.total_nbytes,
+            nbytes=session.job.nbytes,
+            rounds=session.job.rounds,
             paused_s=now - self._paused_at,
             total_s=now - self._started,
             agents=agents,
@@ -335,7 +338,7 @@ class Push:
         if self._phase in self._seconds:
             seconds = self._seconds[self._phase] = now - self._phase_started
             session = self._held.session
-            nbytes = 0 if session is None else session.total_nbytes
+            nbytes = 0 if session is None else session.job.nbytes
             progress.ended(self._phase, self._version, self._push_id, seconds, nbytes)
         if phase == "pause":
             self._paused_at = now

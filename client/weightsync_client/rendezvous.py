@@ -15,7 +15,7 @@ from weightsync.codec import pack, unpack
 from weightsync.geometry import Box
 from weightsync.layout import WorkerLayout
 from weightsync.manifest import Manifest, TensorSpec
-from weightsync.plan import build_plan
+from weightsync.plan import Job
 from weightsync.protocol import (
     PROTOCOL_VERSION,
     ConnectRequest,
@@ -28,7 +28,7 @@ from weightsync.transport.base import Transport
 from weightsync_client.control import Agent, Fleet
 from weightsync_client.declaration import Declaration, Introduction, introduce, join
 from weightsync_client.ranks import Ranks
-from weightsync_client.session import Offer, Session, Worker
+from weightsync_client.session import JobSize, Offer, Session, Worker
 from weightsync_client.settings import Deadlines
 from weightsync_client.source import Weights, WeightSource, as_source
 
@@ -80,6 +80,7 @@ def open_session(
     make_transport: Callable[[], Transport],
     deadlines: Deadlines,
     ignore: Sequence[str],
+    max_slot_nbytes: int | None,
     undo: Callable[[BaseException], None],
 ) -> Session:
     """Make a rendezvous of all ranks with every agent; the engines go on serving.
@@ -91,19 +92,20 @@ def open_session(
         make_transport: Makes one with a name of its own.
         deadlines: Of the two rounds.
         ignore: Patterns of tensors that an engine may have no use for.
+        max_slot_nbytes: Bound of every rank's slot memory.
         undo: See :meth:`weightsync_client.ranks.Ranks.meet`.
 
     Raises:
         ManifestError: Ranks disagree about a tensor, no engine takes it, or it does not fit.
         RefusedError: A kernel tensor could not be proven.
-        PlanError: A byte would be written twice or not at all.
+        PlanError: A byte would be written twice or not at all, or the bound is too small.
         WeightSyncError: Whatever else an agent answers, or fails on another rank.
     """
     timeout_s = deadlines.rendezvous_s
     opened: list[Session] = []
 
     def plan() -> list[Offer]:
-        session = _plan(ranks.rank, terms, pushed, make_transport, ignore)
+        session = _plan(ranks.rank, terms, pushed, make_transport, ignore, max_slot_nbytes)
         opened.append(session)
         return [session.offer(agent) for agent in range(len(terms.agents))]
 
@@ -123,12 +125,8 @@ def open_session(
 
         fleet.each(call)
 
-    def total(nbytes: list[int]) -> int:
-        return sum(nbytes)
-
-    def prepare() -> int:
-        opened[0].prepare()
-        return opened[0].nbytes
+    def total(sizes: list[JobSize]) -> JobSize:
+        return JobSize(sum(s.nbytes for s in sizes), max(s.rounds for s in sizes))
 
     terms = ranks.meet(
         "declare",
@@ -146,9 +144,10 @@ def open_session(
             work_s=timeout_s, decide_s=timeout_s + deadlines.grace_s, undo=undo,
         )  # fmt: skip
         (session,) = opened
-        session.total_nbytes = ranks.meet(
-            "prepare", prepare, total, kind=int, result=int, work_s=timeout_s, undo=undo
-        )
+        session.job = ranks.meet(
+            "prepare", session.prepare, total, kind=JobSize, result=JobSize, work_s=timeout_s,
+            undo=undo,
+        )  # fmt: skip
     except BaseException:
         for session in opened:
             session.close()
@@ -188,6 +187,7 @@ def _plan(
     pushed: Pushed,
     make_transport: Callable[[], Transport],
     ignore: Sequence[str],
+    max_slot_nbytes: int | None,
 ) -> Session:
     """This rank's part: every rank plans from the same terms, so all parts fit together."""
     manifest = Manifest(terms.tensors)
@@ -196,22 +196,24 @@ def _plan(
         for agent, answer in enumerate(terms.agents)
         for place, metadata, layout in answer.workers
     ]
-    plan = build_plan(
+    job = Job.of(
         manifest,
         [layout for *_, layout in found],
         [
             {t.name: boxes for t, boxes in zip(manifest, held, strict=True) if boxes}
             for held in terms.boxes
         ],
-        rank=rank,
         allow_skipped=ignore,
     )
+    if rank == 0:  # for all: it is the same job everywhere, and an error here is raised everywhere
+        job.prove()
+    plan = job.plan(rank, max_slot_nbytes=max_slot_nbytes)
     return Session(
         terms.session,
         epochs=[answer.epoch for answer in terms.agents],
         declaration=pushed.declaration,
         manifest=manifest,
-        workers=[Worker(*one, tuple(plan.writes[i])) for i, one in enumerate(found)],
+        workers=[Worker(*one) for one in found],
         plan=plan,
         device=_device(pushed.source, pushed.declaration),
         make_transport=make_transport,

@@ -30,11 +30,12 @@ class PushReport:
         version: The version that the engines now serve.
         push_id: The push, as the agents' logs call it.
         nbytes: Bytes written, over all workers of all agents.
+        rounds: In which they went through the slots of the rank with the most; 1: all fitted.
         rendezvous_s: A new epoch (0 when the last one's handles were used again).
         fill_s: Cast, pack, finite check and digests; the engine served meanwhile.
         pause_s: Until every engine was drained.
         begin_s: Until every worker had checked its tensors.
-        write_s: First post to last completion.
+        write_s: First post to last completion; from the third round on the fill is part of it.
         commit_s: Digests, installation, prefix cache.
         resume_s: Until every engine generated again.
         paused_s: Pause sent to resume answered: what a request may have waited.
@@ -45,6 +46,7 @@ class PushReport:
     version: int
     push_id: str
     nbytes: int
+    rounds: int
     rendezvous_s: float
     fill_s: float
     pause_s: float
@@ -73,6 +75,7 @@ class PushReport:
             f"v{self.version}  {human_bytes(self.nbytes)} to {len(self.agents)} "
             f"agent{'s' if len(self.agents) > 1 else ''} in {human_seconds(self.total_s)}, "
             f"paused {human_seconds(self.paused_s)} "
+            f"{f'{self.rounds} rounds ' if self.rounds > 1 else ''}"
             f"({human_bytes(self.rate_bytes_per_s)}/s)  {parts}"
         )
 

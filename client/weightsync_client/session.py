@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -12,26 +14,33 @@ import torch
 
 from weightsync.codec import pack
 from weightsync.digest import digests
-from weightsync.errors import LayoutError
+from weightsync.errors import DeadlineError, LayoutError
 from weightsync.layout import WorkerLayout
 from weightsync.manifest import Manifest
 from weightsync.plan import TransportPlan
-from weightsync.slots import Write
 from weightsync.transport.base import PreparedWrite, Side, Transport, WriteOp
 from weightsync_client.declaration import Declaration
-from weightsync_client.slots import Slots
+from weightsync_client.slots import Slots, refuse_non_finite
 from weightsync_client.source import WeightSource
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One worker of one agent.  ``metadata`` reaches it; ``writes`` is this rank's part."""
+    """One worker of one agent.  ``metadata`` reaches it."""
 
     agent: int
     place: str
     metadata: bytes
     layout: WorkerLayout
-    writes: tuple[Write, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Post:
+    """A round's write to one worker.  ``last``: this rank has none to that worker after it."""
+
+    agent: int
+    write: PreparedWrite
+    last: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +49,14 @@ class Offer:
 
     metadata: str
     writes: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class JobSize:
+    """``nbytes`` of one push, over all workers, and the ``rounds`` that they take."""
+
+    nbytes: int
+    rounds: int
 
 
 class Session:
@@ -53,7 +70,8 @@ class Session:
         epochs: Each agent's epoch, in the fleet's order.
         declaration: What this rank declared.
         nbytes: Bytes of one push from this rank, over all workers.
-        total_nbytes: From all ranks.
+        rounds: In which they go through this rank's slots.
+        job: The same of all ranks together.
     """
 
     def __init__(
@@ -71,16 +89,21 @@ class Session:
         self.id = session_id
         self.epochs = tuple(epochs)
         self.declaration = declaration
-        self.nbytes = self.total_nbytes = plan.nbytes
-        self._rank = plan.rank
+        self.nbytes = plan.nbytes
+        self.rounds = len(plan.rounds)
+        self.job = JobSize(self.nbytes, self.rounds)
+        self._plan = plan
         self._workers = workers
-        self._prepared: list[tuple[int, PreparedWrite]] = []
+        self._posts: list[list[_Post]] = [[] for _ in plan.rounds]
         # Replicas read the same slot bytes: those are checked and digested once.
-        self._ranges = {
-            (w.slot_offset, w.nbytes): worker.layout.regions[w.region].dtype
-            for worker in workers
-            for w in worker.writes
-        }
+        self._ranges = [
+            {
+                (w.slot_offset, w.nbytes): worker.layout.regions[w.region].dtype
+                for worker, writes in zip(workers, each.writes, strict=True)
+                for w in writes
+            }
+            for each in plan.rounds
+        ]
         self._owned = ExitStack()  # closes the newest first: writes, registration, wire, slots
         try:
             self.slots = Slots(plan, manifest, device)
@@ -103,27 +126,27 @@ class Session:
         return Offer(
             metadata=base64.b64encode(self._transport.metadata()).decode("ascii"),
             writes=[
-                pack([(w.region, w.offset, w.nbytes) for w in worker.writes])
-                if worker.writes
-                else ""
-                for worker in self._workers
+                pack(self._plan.declared(index)) if self._plan.writes[index] else ""
+                for index, worker in enumerate(self._workers)
                 if worker.agent == agent
             ],
         )
 
-    def prepare(self) -> None:
-        """Prepare one write a worker, for all pushes of this epoch.
+    def prepare(self) -> JobSize:
+        """Prepare one write a worker and round, for all pushes of this epoch.
 
         Raises:
             TransportError: See :meth:`weightsync.transport.base.Transport.prepare`.
         """
         slab = self.slots.slab.memory
-        for worker in self._workers:
-            if not worker.writes:
+        for index, worker in enumerate(self._workers):
+            rounds = [k for k, each in enumerate(self._plan.rounds) if each.writes[index]]
+            if not rounds:
                 continue
             regions = worker.layout.regions
             sides = {
-                Side(regions[w.region].kind, regions[w.region].device_id) for w in worker.writes
+                Side(regions[w.region].kind, regions[w.region].device_id)
+                for w in self._plan.writes[index]
             }
             if len(sides) > 1:  # a notification covers one prepared write (WS-2)
                 raise LayoutError(
@@ -131,51 +154,93 @@ class Session:
                     hint="stage in the memory that the kernel tensors are in",
                     worker=worker.place,
                 )
+            (remote,) = sides
             peer = self._transport.add_peer(worker.metadata)
             # before the slots go: a write that was given up may still be on its way (WS-3)
             self._owned.callback(self._transport.remove_peer, peer)
-            ops = [
-                WriteOp(slab.addr + w.slot_offset, regions[w.region].addr + w.offset, w.nbytes)
-                for w in worker.writes
-            ]
-            write = self._transport.prepare(
-                peer, ops, local=Side(slab.kind, slab.device_id), remote=sides.pop()
-            )
-            self._prepared.append((worker.agent, self._owned.enter_context(write)))
+            for k in rounds:
+                ops = [
+                    WriteOp(slab.addr + w.slot_offset, regions[w.region].addr + w.offset, w.nbytes)
+                    for w in self._plan.rounds[k].writes[index]
+                ]
+                write = self._transport.prepare(
+                    peer, ops, local=Side(slab.kind, slab.device_id), remote=remote
+                )
+                self._owned.enter_context(write)
+                self._posts[k].append(_Post(worker.agent, write, k == rounds[-1]))
+        return self.job
 
     def fill(self, source: WeightSource, *, check_finite: bool) -> list[list[str]]:
         """Fill the slots; the packed digests of what will be written, by agent and worker.
 
-        The engines serve meanwhile.  Every copy has ended when this returns.
+        The engines serve meanwhile.  Every copy has ended when this returns.  Where there are
+        several rounds all go through the slots, the last one first: what is left in them are the
+        first two.
 
         Raises:
-            NonFiniteError: See :meth:`weightsync_client.slots.Slots.check_finite`.
+            NonFiniteError: See :func:`weightsync_client.slots.refuse_non_finite`.
         """
-        self.slots.fill(source)
-        if check_finite:
-            ranges = [(at, nbytes, dtype) for (at, nbytes), dtype in self._ranges.items()]
-            self.slots.check_finite(source, ranges)
-        digest = dict(zip(self._ranges, digests(self.slots.pieces(self._ranges)), strict=True))
+        digest: list[dict[tuple[int, int], bytes]] = [{} for _ in self._ranges]
+        bad: dict[tuple[str, int], dict[str, object]] = {}
+        for k in reversed(range(self.rounds)):
+            here = self._ranges[k]
+            self.slots.fill(source, k)
+            if check_finite:
+                ranges = [(at, nbytes, dtype) for (at, nbytes), dtype in here.items()]
+                bad.update(self.slots.non_finite(source, k, ranges))
+            digest[k] = dict(zip(here, digests(self.slots.pieces(here)), strict=True))
+        refuse_non_finite(list(bad.values()))
         return [
             [
-                pack([digest[w.slot_offset, w.nbytes] for w in worker.writes])
-                for worker in self._workers
+                pack(
+                    [
+                        digest[k][w.slot_offset, w.nbytes]
+                        for k, each in enumerate(self._plan.rounds)
+                        for w in each.writes[index]
+                    ]
+                )
+                for index, worker in enumerate(self._workers)
                 if worker.agent == agent
             ]
             for agent in range(len(self.epochs))
         ]
 
-    def write(self, version: int, *, timeout_s: float) -> None:
-        """Post every worker's write and wait until all have completed at the far end (WS-3).
+    def write(self, version: int, source: WeightSource, *, timeout_s: float) -> None:
+        """Post every worker's writes and wait until all have completed at the far end (WS-3).
 
-        After any error, KeyboardInterrupt too, writes may be in flight: close the session.
+        Args:
+            version: Of the push.
+            source: What :meth:`fill` was called with, unchanged: while a round is on the wire the
+                next one is filled from it.
+            timeout_s: For all rounds.
 
         Raises:
-            TransportError, DeadlineError: See :class:`weightsync.transport.base.Transport`.
+            TransportError, DeadlineError: See :class:`weightsync.transport.base.Transport`.  After
+                any error, KeyboardInterrupt too, writes may be in flight: close the session.
         """
-        for agent, write in self._prepared:
-            self._transport.post(write, f"ws:{self.epochs[agent]}:{version}:{self._rank}".encode())
-        self._transport.wait([write for _, write in self._prepared], timeout_s=timeout_s)
+        deadline = time.monotonic() + timeout_s
+        # Its end waits for the fill, whatever else went wrong: nobody frees slots that are filled.
+        with ThreadPoolExecutor(1, "weightsync-fill") as aside:
+            for k, posts in enumerate(self._posts):
+                if time.monotonic() > deadline:
+                    raise DeadlineError(
+                        f"version {version}: {k} of {self.rounds} rounds in {timeout_s:.1f} s",
+                        hint="raise Deadlines.write_s, or max_slot_bytes: fewer rounds",
+                    )
+                # All earlier rounds have completed, so a last write's message follows them (WS-2).
+                for post in posts:
+                    message = f"{self.epochs[post.agent]}:{version}:{self._plan.rank}"
+                    message = f"ws:{message}" if post.last else f"part:{message}:{k}"
+                    self._transport.post(post.write, message.encode())
+                # Round 1 is there; each later one takes the slots of the round that has just
+                # completed (WS-3).
+                filled = None
+                if 1 <= k < self.rounds - 1:
+                    filled = aside.submit(self.slots.refill, source, k + 1)
+                left_s = max(deadline - time.monotonic(), 0.0)
+                self._transport.wait([post.write for post in posts], timeout_s=left_s)
+                if filled is not None:
+                    filled.result()
 
     def close(self) -> None:
         """Give up what is in flight and release everything.  Safe to call twice."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -114,12 +114,16 @@ class Slots:
 
     def __init__(self, plan: TransportPlan, manifest: Manifest, device: torch.device) -> None:
         self.slab = Slab(plan.slot_nbytes, device)
+        self._rounds = [self._jobs(each.fills, manifest) for each in plan.rounds]
+        self._aside: torch.cuda.Stream | None = None
+
+    def _jobs(self, fills: Iterable[Fill], manifest: Manifest) -> list[_Job]:
         by_box: dict[tuple[str, int], list[Fill]] = {}
-        for fill in plan.fills:
+        for fill in fills:
             by_box.setdefault((fill.tensor, fill.box), []).append(fill)
-        self._jobs = [
-            self._job(name, box, torch_dtype(manifest.by_name[name].dtype), fills)
-            for (name, box), fills in by_box.items()
+        return [
+            self._job(name, box, torch_dtype(manifest.by_name[name].dtype), of_box)
+            for (name, box), of_box in by_box.items()
         ]
 
     def _job(self, name: str, box: int, made: torch.dtype, fills: Sequence[Fill]) -> _Job:
@@ -134,17 +138,18 @@ class Slots:
         return _Job(name, box, made, any(c[0].dtype != made for c in copies), tuple(copies))
 
     @torch.no_grad()
-    def fill(self, source: WeightSource) -> None:
-        """Copy every box into its slots, rounded to the manifest's dtype, cast to the region's.
+    def fill(self, source: WeightSource, number: int = 0) -> None:
+        """Copy a round's values into its slots, rounded to the manifest's dtype, cast as wanted.
 
-        No write may be in flight (WS-3).  On a GPU the copies are queued on the current stream.
-        The source's memory is looked up anew each time: a trainer may replace its tensors.
+        No write from these slots may be in flight (WS-3).  On a GPU the copies are queued on the
+        current stream.  The source's memory is looked up anew each time: a trainer may replace its
+        tensors.
 
         Raises:
             InputError: A tensor has not the shape that the source declared.
         """
         holdings = source.holdings()
-        for job in self._jobs:
+        for job in self._rounds[number]:
             local = source.local(job.name, job.box)
             shape = holdings[job.name][job.box].shape
             if tuple(local.shape) != shape:
@@ -161,25 +166,43 @@ class Slots:
             for slot, size, strides, offset in job.copies:
                 slot.copy_(local.as_strided(size, strides, start + offset))
 
+    def refill(self, source: WeightSource, number: int) -> None:
+        """:meth:`fill` while other slots are on the wire; every copy has ended when this returns.
+
+        On a GPU the copies have a stream of their own: they wait for no work of the trainer's, and
+        none of it waits for them.  What the first fill read is there, so nothing need be awaited.
+        """
+        if self.slab.device.type != "cuda":
+            self.fill(source, number)
+            return
+        with torch.cuda.device(self.slab.device):
+            if self._aside is None:
+                self._aside = torch.cuda.Stream()
+            with torch.cuda.stream(self._aside):
+                self.fill(source, number)
+            self._aside.synchronize()
+
     def pieces(self, ranges: Iterable[tuple[int, int]]) -> list[torch.Tensor]:
         """The slab's bytes at each (offset, nbytes)."""
         return [self.slab.data[start : start + nbytes] for start, nbytes in ranges]
 
-    def check_finite(self, source: WeightSource, ranges: Iterable[tuple[int, int, str]]) -> None:
-        """Look at every value that would be sent: each (offset, nbytes, dtype) of the slab.
+    def non_finite(
+        self, source: WeightSource, number: int, ranges: Iterable[tuple[int, int, str]]
+    ) -> dict[tuple[str, int], dict[str, object]]:
+        """Look at every value that a round would send: each (offset, nbytes, dtype) of the slab.
 
-        Raises:
-            NonFiniteError: Names every tensor with a NaN or an infinity, and counts them.
+        Returns:
+            What is wrong with each tensor and box that has a NaN or an infinity.
         """
         flags = [
             _all_finite(self.slab.data[start : start + nbytes].view(torch_dtype(dtype)))
             for start, nbytes, dtype in ranges
             if nbytes and torch_dtype(dtype).is_floating_point
         ]
+        bad: dict[tuple[str, int], dict[str, object]] = {}
         if not flags or bool(torch.stack(flags).all()):
-            return
-        bad: list[dict[str, object]] = []
-        for job in self._jobs:
+            return bad
+        for job in self._rounds[number]:
             local = source.local(job.name, job.box).detach()
             count = _count_nonfinite(local) if local.is_floating_point() else 0
             what = "values are NaN or infinite"
@@ -187,22 +210,33 @@ class Slots:
                 count = max(_count_nonfinite(c[0]) for c in job.copies)
                 what = f"values are out of the range of {dtype_names(c[0] for c in job.copies)}"
             if count:
-                bad.append(
-                    {"tensor": job.name, "count": count, "numel": local.numel(), "what": what}
-                )
-        first = bad[0]
-        more = f", and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
-        raise NonFiniteError(
-            f"{first['tensor']!r}: {first['count']} of {first['numel']} {first['what']}{more}",
-            hint="nothing was sent; look at the loss and the gradients of the last steps "
-            "(Publisher(check_finite=False) sends such weights)",
-            tensors=bad,
-        )
+                bad[job.name, job.box] = {
+                    "tensor": job.name, "count": count, "numel": local.numel(), "what": what,
+                }  # fmt: skip
+        return bad
 
     def close(self) -> None:
         """Drop all views and free the slab.  No write may be in flight."""
-        self._jobs.clear()
+        self._rounds.clear()
         self.slab.close()
+
+
+def refuse_non_finite(bad: Sequence[Mapping[str, object]]) -> None:
+    """Raise what :meth:`Slots.non_finite` found.
+
+    Raises:
+        NonFiniteError: Names every tensor with a NaN or an infinity, and counts them.
+    """
+    if not bad:
+        return
+    first = bad[0]
+    more = f", and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+    raise NonFiniteError(
+        f"{first['tensor']!r}: {first['count']} of {first['numel']} {first['what']}{more}",
+        hint="nothing was sent; look at the loss and the gradients of the last steps "
+        "(Publisher(check_finite=False) sends such weights)",
+        tensors=list(bad),
+    )
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -68,6 +68,20 @@ def test_a_faster_nic_predicts_a_shorter_wire(config: Path) -> None:
     assert wires[0] == pytest.approx(2 * wires[1], rel=0.1)
 
 
+def test_a_bound_of_the_slot_memory_is_held_in_rounds(config: Path) -> None:
+    options = ("--trainer", "fsdp=2", "--inference", "tp=2", "--json")
+    free = json.loads(run(config, *options)[1])
+    bound = free["slot_bytes_per_rank"] // 2
+    held = json.loads(run(config, *options, "--max-slot-bytes", str(bound))[1])
+    assert free["rounds"] == 1
+    assert held["rounds"] in {4, 5}
+    assert held["slot_bytes_per_rank"] <= bound
+    assert held["bytes_total"] == free["bytes_total"]
+    code, _, err = run(config, *options, "--max-slot-bytes", "64")
+    assert code == 1
+    assert "raise max_slot_bytes to" in err
+
+
 def test_without_json_a_person_reads_tables(config: Path) -> None:
     options = ("--trainer", "fsdp=4", "--inference", "tp=2", "--scaling")
     code, out, err = run(config, *options)

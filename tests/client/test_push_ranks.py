@@ -17,6 +17,7 @@ from test_push import arrived
 from test_push_failures import refuse
 from thread_ranks import ThreadRanks, Wire, on_all
 
+from weightsync import plan as planning
 from weightsync.errors import (
     AgentUnreachableError,
     EnginePausedError,
@@ -277,6 +278,16 @@ def test_what_no_rank_holds_is_named_before_anything_is_connected(agent: Agent, 
     )
     assert "'w'" in str(error)
     assert "/connect" not in agent.calls
+
+
+def test_the_whole_job_is_proven_once(
+    agent: Agent, make_job, weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proven: list[planning.Job] = []
+    prove = planning.Job.prove
+    monkeypatch.setattr(planning.Job, "prove", lambda job: (proven.append(job), prove(job)))
+    same_report(make_job(agent, ranks=3).push(sharded(weights, 3)))
+    assert len(proven) == 1
 
 
 def test_what_one_rank_cannot_send_is_refused_on_all(agent: Agent, make_job) -> None:

@@ -12,16 +12,24 @@ from weightsync.plan import Job
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "deepseek_v3"])
 @pytest.mark.parametrize("engine", [EngineGrid(2), EngineGrid(2, 2, 1, True), EngineGrid(1, 1, 2)])
-def test_the_figures_are_those_of_the_plans(name: str, engine: EngineGrid) -> None:
+@pytest.mark.parametrize("bound", [None, 10_000])
+def test_the_figures_are_those_of_the_plans(
+    name: str, engine: EngineGrid, bound: int | None
+) -> None:
     model = declare(ModelConfig(CONFIGS[name]))
     trainer = TrainerGrid(fsdp=3, replicate=2, pp=1)
     layouts = Inference(engine, 2).layouts(model)
     job = Job.of(model.manifest, layouts, holdings(model, trainer), split_nbytes=1 << 12)
     job.prove()
-    plans = [job.plan(rank) for rank in range(trainer.ranks)]
-    figures = forecast(job, layouts, trainer.ranks, nic_gbps=8e-9, fill_nbytes_per_s=1.0)
+    plans = [job.plan(rank, max_slot_nbytes=bound) for rank in range(trainer.ranks)]
+    figures = forecast(
+        job, layouts, trainer.ranks, nic_gbps=8e-9, fill_nbytes_per_s=1.0, max_slot_nbytes=bound
+    )
     writes = [sum(map(len, plan.writes)) for plan in plans]
-    slots = [len({w.slot_offset for ws in plan.writes for w in ws}) for plan in plans]
+    slots = [
+        len({(k, w.slot_offset) for k, r in enumerate(plan.rounds) for ws in r.writes for w in ws})
+        for plan in plans
+    ]
     into = [sum(w.nbytes for p in plans for w in p.writes[k]) for k in range(len(layouts))]
     assert figures.slots == sum(slots)
     assert figures.writes == sum(writes)
@@ -31,6 +39,11 @@ def test_the_figures_are_those_of_the_plans(name: str, engine: EngineGrid) -> No
     assert figures.slot_nbytes.max == max(plan.slot_nbytes for plan in plans)
     assert figures.handles.max == max(sum(map(bool, plan.writes)) for plan in plans)
     assert figures.worker_nbytes.max == max(into)
-    assert figures.fill_s == figures.slot_nbytes.max
+    assert figures.rounds == max(len(plan.rounds) for plan in plans)
+    assert (figures.rounds > 1) == (bound is not None)
+    if bound is None:
+        assert figures.fill_s == figures.slot_nbytes.max
+    else:
+        assert figures.slot_nbytes.max <= bound < figures.fill_s
     # at a byte a second the wire takes as many seconds as the busiest NIC has bytes
     assert figures.wire_s == pytest.approx(max(figures.rank_nbytes.max, *into), rel=1e-3)

@@ -14,7 +14,7 @@ from weightsync.errors import ManifestError, PlanError
 from weightsync.geometry import Box
 from weightsync.layout import CopyRecord, KernelRegion, WorkerLayout, WorkerPlace
 from weightsync.manifest import Manifest, TensorSpec
-from weightsync.plan import Holdings, TransportPlan, build_plan, build_plans
+from weightsync.plan import Holdings, Round, TransportPlan, build_plan, build_plans
 
 moderate = settings(max_examples=400, deadline=None, derandomize=True, database=None)
 STEPS = ["narrow", "chunk", "transpose", "unbind", "reshape", "flatten", "expand", "select"]
@@ -27,6 +27,7 @@ class World:
     layouts: list[WorkerLayout]
     holdings: Holdings | None
     split_nbytes: int = 8
+    max_slot_nbytes: int | None = None
 
     @property
     def manifest(self) -> Manifest:
@@ -41,6 +42,7 @@ class World:
             self.layouts,
             self.holdings,
             split_nbytes=self.split_nbytes,
+            max_slot_nbytes=self.max_slot_nbytes,
             allow_skipped=["*"],
         )
 
@@ -66,31 +68,43 @@ def load(world: World, layout: WorkerLayout) -> list[torch.Tensor]:
     return memory
 
 
+def fill_slots(world: World, rank: int, part: Round, slot: torch.Tensor) -> None:
+    for fill in part.fills:
+        shard = world.checkpoint[fill.tensor]
+        if world.holdings is not None:
+            box = world.holdings[rank][fill.tensor][fill.box]
+            index = tuple(slice(a, b) for a, b in zip(box.lo, box.hi, strict=True))
+            shard = shard[index].clone(memory_format=torch.contiguous_format)
+        itemsize = getattr(torch, fill.dtype).itemsize
+        assert fill.slot_offset % itemsize == 0
+        target = strided(
+            slot, fill.dtype, fill.shape, fill.slot_strides, fill.slot_offset // itemsize
+        )
+        target.copy_(shard.as_strided(fill.shape, fill.src_strides, fill.src_offset))
+
+
 def push(world: World, plans: Sequence[TransportPlan]) -> None:
     """Fill, write, count; every worker's memory is then compared with what a load makes."""
     memory = [[fresh(r.nbytes) for r in layout.regions] for layout in world.layouts]
     count = [[torch.zeros_like(m) for m in regions] for regions in memory]
     for plan in plans:
+        if world.max_slot_nbytes is not None:
+            assert plan.slot_nbytes <= world.max_slot_nbytes
         slot = torch.full((plan.slot_nbytes,), 0xEE, dtype=torch.uint8)
-        for fill in plan.fills:
-            shard = world.checkpoint[fill.tensor]
-            if world.holdings is not None:
-                box = world.holdings[plan.rank][fill.tensor][fill.box]
-                index = tuple(slice(a, b) for a, b in zip(box.lo, box.hi, strict=True))
-                shard = shard[index].clone(memory_format=torch.contiguous_format)
-            itemsize = getattr(torch, fill.dtype).itemsize
-            assert fill.slot_offset % itemsize == 0
-            target = strided(
-                slot, fill.dtype, fill.shape, fill.slot_strides, fill.slot_offset // itemsize
-            )
-            target.copy_(shard.as_strided(fill.shape, fill.src_strides, fill.src_offset))
-        for w, writes in enumerate(plan.writes):
-            for write in writes:
-                assert write.slot_offset % 64 == 0
-                here = slice(write.offset, write.offset + write.nbytes)
-                there = slice(write.slot_offset, write.slot_offset + write.nbytes)
-                memory[w][write.region][here] = slot[there]
-                count[w][write.region][here] += 1
+        for k, (this, after) in enumerate(
+            itertools.zip_longest(plan.rounds, plan.rounds[1:], fillvalue=None)
+        ):
+            if k == 0:
+                fill_slots(world, plan.rank, this, slot)
+            if after is not None:  # the next round is filled while this one is on the wire
+                fill_slots(world, plan.rank, after, slot)
+            for w, writes in enumerate(this.writes):
+                for write in writes:
+                    assert write.slot_offset % 64 == 0
+                    here = slice(write.offset, write.offset + write.nbytes)
+                    there = slice(write.slot_offset, write.slot_offset + write.nbytes)
+                    memory[w][write.region][here] = slot[there]
+                    count[w][write.region][here] += 1
     for w, layout in enumerate(world.layouts):
         check_writes(layout, {plan.rank: plan.declared(w) for plan in plans})
         for k, (region, expected) in enumerate(
@@ -266,13 +280,14 @@ def worlds(draw: st.DrawFn) -> World:
             )
         layouts.append(layout)
     world_size = draw(st.integers(1, 4))
+    bound = draw(st.sampled_from([None, 128, 192, 256, 640, 1024]))
     if world_size == 1 and draw(st.booleans()):
-        return World(checkpoint, layouts, None)
+        return World(checkpoint, layouts, None, max_slot_nbytes=bound)
     held: list[dict[str, list[Box]]] = [{} for _ in range(world_size)]
     for name, tensor in checkpoint.items():
         for rank, boxes in enumerate(draw(shards(tuple(tensor.shape), world_size))):
             held[rank][name] = boxes
-    return World(checkpoint, layouts, held, draw(st.sampled_from([1, 16, 1 << 20])))
+    return World(checkpoint, layouts, held, draw(st.sampled_from([1, 16, 1 << 20])), bound)
 
 
 @moderate
@@ -288,6 +303,7 @@ def test_a_plan_moves_the_bytes_that_a_load_makes(world: World) -> None:
             world.holdings,
             rank=plan.rank,
             split_nbytes=world.split_nbytes,
+            max_slot_nbytes=world.max_slot_nbytes,
             allow_skipped=["*"],
         )
         for plan in plans
@@ -355,7 +371,8 @@ def test_a_plan_is_refused_exactly_when_the_layout_is_unsound(
     written = []
     inside = True
     for r in records:
-        if not 0 <= r.region < len(layout.regions) or min(r.shape + r.dst_strides, default=0) < 0:
+        lowest = min((*r.shape, *r.dst_strides, r.dst_offset))
+        if not 0 <= r.region < len(layout.regions) or lowest < 0:
             inside = False
             break
         itemsize = getattr(torch, layout.regions[r.region].dtype).itemsize
