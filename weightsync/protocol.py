@@ -196,7 +196,8 @@ class WorkerCommand(Message):
 
     The worker answers by ``POST reply_url`` with a :class:`WorkerReply`, in at most ``timeout_s``.
     ``body`` is for all workers; where it differs (connect and commit to more than one worker),
-    ``bodies`` holds one for each place instead.
+    ``bodies`` holds one for each place instead.  ``engine`` is what the agent numbers the engine
+    by: it becomes part of the worker's place.
     """
 
     call_id: Id
@@ -205,6 +206,7 @@ class WorkerCommand(Message):
     ]
     reply_url: str
     timeout_s: Seconds
+    engine: Annotated[int, Field(ge=0)] = 0
     body: Packed = ""
     bodies: dict[str, Packed] = {}
 
@@ -219,6 +221,5 @@ class WorkerReply(Message):
     call_id: Id
     place: str
     instance: str
-    workers: Annotated[int, Field(ge=1)]
     body: Packed = ""
     problem: dict[str, object] | None = None

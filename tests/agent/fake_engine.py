@@ -7,7 +7,7 @@ import contextlib
 import socket
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import httpx
 import uvicorn
@@ -148,7 +148,6 @@ class FakeClient:
         self.silent: set[str] = set()
         #: what fails at the workers of these places only (default: all)
         self.fail_at: set[str] | None = None
-        self.workers_told: int | None = None
 
     @property
     def ops(self) -> list[str]:
@@ -192,6 +191,7 @@ class FakeClient:
         return [None] * len(self.workers)
 
     async def _answer(self, worker: FakeWorker, command: WorkerCommand) -> None:
+        worker.place = replace(worker.place, engine=command.engine)
         place = str(worker.place)
         error = self.fail.get(command.op)
         body, problem = "", None
@@ -207,7 +207,6 @@ class FakeClient:
             call_id=command.call_id,
             place=place,
             instance=worker.instance,
-            workers=self.workers_told or len(self.workers),
             body=body,
             problem=problem,
         )

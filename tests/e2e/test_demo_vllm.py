@@ -11,6 +11,9 @@ import pytest
 
 from tests.support.models import Kind, config_of
 from weightsync_client.demo import DemoOptions, DemoResult, run_demo
+from weightsync_client.demo.link import TrainerLink
+from weightsync_client.demo.processes import Deadline, Processes
+from weightsync_client.demo.stack import Stack, shared_environ
 
 pytestmark = [pytest.mark.nixl, pytest.mark.timeout(600)]
 
@@ -37,7 +40,7 @@ def demo(kind: Kind, folder: Path, **options: Any) -> DemoResult:
     )
     assert result.ok, result.error
     assert result.engine.startswith("vllm ")
-    assert len(result.pushes) == 3
+    assert len(result.pushes) == options.get("pushes", 3)
     assert (result.bytes_equal_fresh_load, result.logprobs_equal_fresh_load) == (True, True)
     assert result.direct + result.staged == result.kernel_tensors > 0
     return result
@@ -78,3 +81,49 @@ def test_two_tensor_parallel_workers_equal_a_fresh_load(tmp_path):
 @pytest.mark.parametrize("kind", ["qwen3", "llama_tied"])
 def test_two_fsdp2_ranks_into_two_tensor_parallel_workers_equal_a_fresh_load(kind, tmp_path):
     demo(kind, tmp_path, trainer_ranks=2, tp=2)
+
+
+@marked_slow
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+def test_two_data_parallel_engines_equal_a_fresh_load(kind, tmp_path):
+    demo(kind, tmp_path, pushes=2, dp=2)
+
+
+@marked_slow
+@pytest.mark.parametrize(
+    ("kind", "split"),
+    [
+        ("qwen3", {"pp": 2}),
+        ("llama_tied", {"pp": 2}),
+        ("qwen3_moe", {"tp": 2, "expert_parallel": True}),
+        ("qwen3_moe", {"dp": 2, "expert_parallel": True}),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "-".join(v),
+)
+def test_every_worker_of_a_split_engine_holds_the_bytes_of_a_fresh_load(kind, split, tmp_path):
+    """vLLM 0.32 loads these on CPU, and dies of the first completion: bytes alone are compared."""
+    path = tmp_path / "config.json"
+    config_of(kind).to_json_file(path)
+    options = DemoOptions(config_file=path, **split)
+    deadline = Deadline(500)
+    with Processes(tmp_path, shared_environ(os.environ)) as processes:
+        first = Stack("first", options, processes, deadline)
+        trainer = TrainerLink(processes, path, tmp_path, first.agent_urls, "cpu", 2, deadline)
+        trainer.wait("made")
+        first.start(tmp_path / "v0", 128)
+        (status,) = first.wait_ready()
+        assert len(status["workers"]) == 2
+        (before,) = first.checksums()
+        for version in (1, 2):
+            trainer.tell(f"push {version}")
+            trainer.wait("pushed")
+        trainer.tell("save")
+        trainer.wait("saved")
+        trainer.finish()
+        (pushed,) = first.checksums()
+        first.stop()
+        second = Stack("second", options, processes, deadline)
+        second.start(tmp_path / "trained", 128)
+        second.wait_ready()
+        assert [pushed] == second.checksums()
+        assert [name for name in pushed if pushed[name] == before[name]] == []

@@ -122,7 +122,6 @@ class ToyAdapter(EngineAdapter):
     name = "toy"
     version = "1"
     place = WorkerPlace()
-    workers = 1
     device = torch.device("cpu")
 
     def __init__(

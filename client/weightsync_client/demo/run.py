@@ -206,7 +206,7 @@ class _Demo:
     def _note_engines(self, statuses: list[dict[str, Any]]) -> None:
         result = self._result
         workers = [worker for status in statuses for worker in status["workers"]]
-        engine = statuses[0]["engine"]
+        engine = statuses[0]["engines"][0]
         result.engine = f"{engine['name']} {engine['version']}"
         result.kernel_tensors = sum(w["kernel_tensors"] for w in workers)
         result.direct = sum(w["direct"] for w in workers)

@@ -36,6 +36,7 @@ from weightsync_server.agent import problems
 from weightsync_server.agent.auth import REPLY_PATH, Gate
 from weightsync_server.agent.calls import Calls
 from weightsync_server.agent.engine_client import EngineClient
+from weightsync_server.agent.engines import Engines
 from weightsync_server.agent.events import EventHub
 from weightsync_server.agent.metrics import Metrics
 from weightsync_server.agent.replies import Replies
@@ -79,14 +80,21 @@ class Agent:
         self.replies = Replies()
         self.hub = EventHub()
         self.metrics = Metrics()
-        self.engine = EngineClient(
-            settings.base_url,
-            secret,
+        self.engines = Engines(
+            [
+                EngineClient(
+                    number,
+                    url,
+                    secret,
+                    self.replies,
+                    max_unpacked_nbytes=settings.max_unpacked_nbytes,
+                )
+                for number, url in enumerate(settings.engine_url)
+            ],
             self.replies,
-            max_unpacked_nbytes=settings.max_unpacked_nbytes,
         )
         self.service = Service(
-            self.engine, self.hub, self.metrics, engine_timeout_s=settings.engine_timeout_s
+            self.engines, self.hub, self.metrics, engine_timeout_s=settings.engine_timeout_s
         )
         self.calls = Calls(
             self.service,
@@ -100,7 +108,8 @@ class Agent:
         # one that listens everywhere is reached over loopback
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
         name = f"[{host}]" if ":" in host else host
-        self.engine.reply_url = f"http://{name}:{port}{REPLY_PATH}"
+        for client in self.engines.clients:
+            client.reply_url = f"http://{name}:{port}{REPLY_PATH}"
 
     def status(self) -> StatusResponse:
         """What ``GET /status`` tells."""
@@ -113,7 +122,7 @@ class Agent:
             session=state.session,
             connected=state.connected,
             pause_owner=state.owner,
-            engine=service.workers.identity,
+            engines=service.workers.engines,
             workers=service.workers.status,
             last_push=service.clock.last,
             last_errors=list(service.errors),
@@ -154,7 +163,7 @@ class Agent:
                 watch.cancel()
                 await asyncio.gather(watch, return_exceptions=True)
                 await self.calls.stop()
-                await self.engine.aclose()
+                await self.engines.aclose()
 
         app = FastAPI(
             title="weightsync agent",

@@ -78,7 +78,7 @@ def serve(settings: AgentSettings) -> None:
     with listen(settings) as sock:
         host, port = sock.getsockname()[:2]
         agent.listens_at(host, port)
-        log.info("agent on http://%s:%d for the engine at %s", host, port, settings.base_url)
+        log.info("agent on http://%s:%d for %s", host, port, ", ".join(settings.engine_url))
         AgentServer(agent).run(sockets=[sock])
 
 

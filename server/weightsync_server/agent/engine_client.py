@@ -51,6 +51,7 @@ class EngineClient:
     """Calls to one engine.
 
     Args:
+        number: What the agent numbers it by.
         base_url: The engine's API server.
         secret: The shared secret.
         replies: Where the workers' answers come in.
@@ -58,13 +59,22 @@ class EngineClient:
     """
 
     def __init__(
-        self, base_url: str, secret: str, replies: Replies, *, max_unpacked_nbytes: int
+        self,
+        number: int,
+        base_url: str,
+        secret: str,
+        replies: Replies,
+        *,
+        max_unpacked_nbytes: int,
     ) -> None:
+        self.number = number
         self.base_url = base_url
         #: where the workers send their answers; known once the agent listens
         self.reply_url = ""
-        #: places of the workers as last described, to name those that keep silent
+        #: places of the workers that answered last, to name those that keep silent
         self.places: tuple[str, ...] = ()
+        #: how many workers answer each command, as the engine says
+        self.workers = 1
         self._replies = replies
         self._max_unpacked_nbytes = max_unpacked_nbytes
         # the environment's proxies are not for loopback (trust_env)
@@ -82,10 +92,11 @@ class EngineClient:
         info = await self._send("GET", "info", None, timeout_s)
         if info.get("protocol_version") != PROTOCOL_VERSION:
             raise EngineError(
-                f"the engine speaks protocol {info.get('protocol_version')}, the agent "
-                f"{PROTOCOL_VERSION}",
+                f"the engine at {self.base_url} speaks protocol {info.get('protocol_version')}, "
+                f"the agent {PROTOCOL_VERSION}",
                 hint="install the same version of weightsync beside agent and engine",
             )
+        self.workers = int(info["workers"])
         return info
 
     async def is_paused(self, timeout_s: float) -> bool:
@@ -142,13 +153,10 @@ class EngineClient:
         pending = await self._call(op, timeout_s, body, bodies)
         return await asyncio.to_thread(self._unpacked, op, kind, pending)
 
-    def close_soon(self) -> None:
-        """End all waits for workers: the engine is gone."""
-        self._replies.fail_all(
-            EngineDetachedError(
-                f"the engine at {self.base_url} went away", hint="GET /status tells when it is back"
-            )
-        )
+    def own(self, bodies: Mapping[str, object] | None) -> dict[str, object]:
+        """Those of ``bodies`` that are for workers of this engine."""
+        mine = f"engine{self.number}/"
+        return {place: b for place, b in (bodies or {}).items() if place.startswith(mine)}
 
     async def aclose(self) -> None:
         """End the connections."""
@@ -158,7 +166,7 @@ class EngineClient:
         self, op: Op, timeout_s: float, body: object, bodies: Mapping[str, object] | None
     ) -> PendingCall:
         call_id = uuid.uuid4().hex
-        pending = self._replies.open(call_id)
+        pending = self._replies.open(call_id, self.workers)
         try:
             async with asyncio.timeout(timeout_s):
                 command = await asyncio.to_thread(
@@ -180,6 +188,8 @@ class EngineClient:
                 ) from error
         finally:
             self._replies.close(call_id)
+        if len(pending.by_place) == self.workers:
+            self.places = tuple(sorted(pending.by_place))
         return pending
 
     async def _rpc(self, op: Op, command: bytes, timeout_s: float, pending: PendingCall) -> None:
@@ -209,8 +219,6 @@ class EngineClient:
         missing = [p for p in self.places if p not in pending.by_place]
         if missing:
             return f"worker {', '.join(missing)}"
-        if pending.workers is None:
-            return "the workers"
         return f"{pending.workers - len(pending.by_place)} of {pending.workers} workers"
 
     def _command(
@@ -228,6 +236,7 @@ class EngineClient:
                 reply_url=self.reply_url,
                 # the worker's own deadline says more (which rank, which tensor): let it come first
                 timeout_s=max(0.8 * timeout_s, timeout_s - _MARGIN_S),
+                engine=self.number,
                 body="" if body is None else pack(body),
                 bodies={place: pack(b) for place, b in (bodies or {}).items()},
             )
@@ -256,7 +265,7 @@ class EngineClient:
                 answer = response.json()
         except TimeoutError as error:
             raise DeadlineError(
-                f"the engine did not answer {name} in {timeout_s:g} s",
+                f"the engine at {self.base_url} did not answer {name} in {timeout_s:g} s",
                 hint="look at the engine's log",
                 phase=name,
                 timeout_s=timeout_s,

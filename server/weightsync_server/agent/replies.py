@@ -9,29 +9,28 @@ from weightsync.protocol import WorkerReply
 
 
 class PendingCall:
-    """The answers to one call, by place.  ``complete`` is a future of all of them."""
+    """The answers of ``workers`` workers to one call, by place.
 
-    def __init__(self) -> None:
+    ``complete`` is a future of all of them.
+    """
+
+    def __init__(self, workers: int) -> None:
         self.by_place: dict[str, WorkerReply] = {}
-        self.workers: int | None = None
+        self.workers = workers
         self.complete: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def add(self, reply: WorkerReply) -> None:
         """Take in one answer; a repeat from the same place changes nothing."""
-        self.by_place.setdefault(reply.place, reply)
-        if self.workers is None:
-            self.workers = reply.workers
-        if self.complete.done():
-            return
-        if reply.workers != self.workers:
+        first = self.by_place.setdefault(reply.place, reply)
+        if first.instance != reply.instance:
+            # one of them would be left out of the push, and serve its old weights
             self.fail(
                 EngineError(
-                    f"workers disagree on how many they are: {self.workers}, and at "
-                    f"{reply.place} {reply.workers}",
-                    hint="do all workers run the same version of weightsync?",
+                    f"two workers say that they are {reply.place}",
+                    hint="are two engines behind one --engine-url?",
                 )
             )
-        elif len(self.by_place) == self.workers:
+        elif len(self.by_place) == self.workers and not self.complete.done():
             self.complete.set_result(None)
 
     def fail(self, error: WeightSyncError) -> None:
@@ -47,9 +46,9 @@ class Replies:
     def __init__(self) -> None:
         self._pending: dict[str, PendingCall] = {}
 
-    def open(self, call_id: str) -> PendingCall:
-        """Begin to take answers to ``call_id``."""
-        pending = self._pending[call_id] = PendingCall()
+    def open(self, call_id: str, workers: int) -> PendingCall:
+        """Begin to take the answers of so many workers to ``call_id``."""
+        pending = self._pending[call_id] = PendingCall(workers)
         return pending
 
     def close(self, call_id: str) -> None:

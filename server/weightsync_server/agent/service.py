@@ -37,7 +37,7 @@ from weightsync.state_events import (
     Resumed,
     SessionOpened,
 )
-from weightsync_server.agent.engine_client import EngineClient
+from weightsync_server.agent.engines import Engines
 from weightsync_server.agent.events import EventHub
 from weightsync_server.agent.metrics import Metrics
 from weightsync_server.agent.once import Mark
@@ -73,18 +73,18 @@ class Service:
     """State, lock and effects of one agent.  Used on the event loop only.
 
     Args:
-        engine: The engine's calls.
+        engines: Calls to the engines, which are one to the state machine.
         hub: Where changes of state are published.
         metrics: Where they are counted.
         engine_timeout_s: Seconds for calls that clean up, whose ask may be out of time.
     """
 
     def __init__(
-        self, engine: EngineClient, hub: EventHub, metrics: Metrics, *, engine_timeout_s: float
+        self, engines: Engines, hub: EventHub, metrics: Metrics, *, engine_timeout_s: float
     ) -> None:
         self.state = AgentState()
-        self.engine = engine
-        self.workers = Workers(engine)
+        self.engines = engines
+        self.workers = Workers(engines)
         self.hub = hub
         self.metrics = metrics
         self.clock = PushClock()
@@ -141,7 +141,7 @@ class Service:
         log.warning("engine lost: %s", why)
         self.metrics.lost.inc()
         self._apply(EngineLost())
-        self.engine.close_soon()
+        self.engines.close_soon(why)
 
     def note(self, what: str, error: WeightSyncError) -> None:
         """Remember an error for ``/status``, tell listeners and the log."""
@@ -258,10 +258,10 @@ class Service:
                 mode = request.mode if isinstance(request, PauseRequest) else "keep"
                 if push_id is not None:
                     self.clock.paused(push_id, mode)
-                await self.engine.pause(mode, work.left_s())
+                await self.engines.pause(mode, work.left_s())
                 return Paused(push_id)
             case Effect.RESUME:
-                await self.engine.resume(self._engine_timeout_s)
+                await self.engines.resume(self._engine_timeout_s)
                 return Resumed()
             case Effect.OPEN if isinstance(event, InitAsked):
                 work.result = await self.workers.layout(
@@ -299,7 +299,7 @@ class Service:
 
     async def _reset_prefix_cache(self, work: Work) -> None:
         started = time.monotonic()
-        await self.engine.reset_prefix_cache(work.left_s())
+        await self.engines.reset_prefix_cache(work.left_s())
         work.seconds["reset_prefix_cache"] = round(time.monotonic() - started, 6)
 
 

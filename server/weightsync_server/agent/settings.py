@@ -20,6 +20,9 @@ ENV_PREFIX = "WEIGHTSYNC_AGENT_"
 ENV_TOKEN = "WEIGHTSYNC_TOKEN"  # noqa: S105 - a variable's name
 
 
+EngineUrl = Annotated[str, Field(pattern=r"^https?://[^/?#\s]+$")]
+
+
 class AgentSettings(BaseModel):
     """What one agent is told.
 
@@ -29,8 +32,9 @@ class AgentSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    engine_url: Annotated[str, Field(pattern=r"^https?://[^/?#\s]+/?$")]
-    """Address of the engine's API server, http://HOST:PORT."""
+    engine_url: Annotated[tuple[EngineUrl, ...], Field(min_length=1)]
+    """Address of the engine's API server, http://HOST:PORT; several engines: given several times,
+    or with commas between."""
     host: str = "127.0.0.1"
     """Address to listen on; anything but loopback needs a token."""
     port: Annotated[int, Field(ge=0, le=65_535)] = 9100
@@ -62,10 +66,20 @@ class AgentSettings(BaseModel):
     token: SecretStr | None = None
     """The bearer token; from WEIGHTSYNC_TOKEN or the token file, never from a flag."""
 
-    @property
-    def base_url(self) -> str:
-        """The engine's address without a slash at the end."""
-        return self.engine_url.rstrip("/")
+    @pydantic.field_validator("engine_url", mode="before")
+    @classmethod
+    def _split_urls(cls, given: object) -> object:
+        texts = (given,) if isinstance(given, str) else given
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(t, str) for t in texts):
+            return given
+        return tuple(url.strip().rstrip("/") for text in texts for url in text.split(","))
+
+    @pydantic.field_validator("engine_url", mode="after")
+    @classmethod
+    def _no_url_twice(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(urls)) < len(urls):
+            raise ValueError("an engine is named twice")
+        return urls
 
 
 def is_loopback(host: str) -> bool:
@@ -140,5 +154,7 @@ def _parser() -> argparse.ArgumentParser:
             continue
         default = "" if field.is_required() else f" (default: {field.default})"
         text = f"{field.description}{default}".replace("%", "%%")
-        parser.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", help=text)
+        action = "append" if name == "engine_url" else "store"
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, metavar="VALUE", help=text, action=action)
     return parser

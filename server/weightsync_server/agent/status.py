@@ -16,7 +16,7 @@ class Model(BaseModel):
 
 
 class EngineStatus(Model):
-    """The engine behind the agent; empty strings until it has been reached."""
+    """An engine behind the agent; empty strings until it has been reached."""
 
     url: str
     name: str = ""
@@ -73,7 +73,7 @@ class StatusResponse(Model):
     session: str | None
     connected: bool
     pause_owner: str | None
-    engine: EngineStatus
+    engines: list[EngineStatus]
     workers: list[WorkerStatus]
     last_push: PushStatus | None
     last_errors: list[ErrorStatus]

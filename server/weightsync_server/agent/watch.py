@@ -1,4 +1,4 @@
-"""What the agent does unasked: it looks after its engine, and gives up pushes that fell silent."""
+"""What the agent does unasked: it looks after its engines, and gives up pushes that fell silent."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Watch:
         except Exception:
             log.exception("attach failed")
             return False
-        log.info("attached to the engine at %s", self._settings.base_url)
+        log.info("attached to %s", ", ".join(self._settings.engine_url))
         return True
 
     async def _until_reachable(self, backoff_s: float) -> None:
@@ -88,7 +88,7 @@ class Watch:
         while self._service.state.phase == "detached" and time.monotonic() < until:
             await asyncio.sleep(min(self._settings.engine_poll_s, backoff_s))
             try:
-                await self._service.engine.info(self._settings.engine_probe_timeout_s)
+                await self._service.engines.info(self._settings.engine_probe_timeout_s)
             except WeightSyncError:
                 gone = True
             else:

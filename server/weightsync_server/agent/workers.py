@@ -27,7 +27,8 @@ from weightsync.worker_messages import (
     LayoutBody,
     LayoutReply,
 )
-from weightsync_server.agent.engine_client import Answer, EngineClient
+from weightsync_server.agent.engine_client import Answer
+from weightsync_server.agent.engines import Engines
 from weightsync_server.agent.status import EngineStatus, WorkerStatus
 
 T = TypeVar("T")
@@ -36,11 +37,11 @@ log = logging.getLogger(__name__)
 
 
 class Workers:
-    """The workers of one engine.  Used on the event loop only."""
+    """The workers of all engines.  Used on the event loop only."""
 
-    def __init__(self, engine: EngineClient) -> None:
-        self._engine = engine
-        self.identity = EngineStatus(url=engine.base_url)
+    def __init__(self, engines: Engines) -> None:
+        self._engines = engines
+        self.engines = [EngineStatus(url=client.base_url) for client in engines.clients]
         self.status: list[WorkerStatus] = []
         #: the API server processes that are known to front these workers
         self._servers: set[str] = set()
@@ -52,18 +53,18 @@ class Workers:
 
     async def describe(self, timeout_s: float) -> list[Answer[DescribeReply]]:
         """What every worker is and holds now."""
-        return await self._engine.ask("describe", DescribeReply, timeout_s=timeout_s)
+        return await self._engines.ask("describe", DescribeReply, timeout_s=timeout_s)
 
     async def still_there(self, probe_timeout_s: float) -> bool:
-        """Whether the engine that answers is the one that was attached."""
-        instance = str((await self._engine.info(probe_timeout_s))["instance"])
-        if instance in self._servers:
+        """Whether the engines that answer are those that were attached."""
+        servers = {str(info["instance"]) for info in await self._engines.info(probe_timeout_s)}
+        if servers <= self._servers:
             return True
         # one engine may have several API server processes: only the workers can tell
         answers = await self.describe(probe_timeout_s)
         if {a.place: a.instance for a in answers} != self.instances:
             return False
-        self._servers.add(instance)
+        self._servers |= servers
         return True
 
     async def attach(self, proof: str, *, again: bool, timeout_s: float) -> Attached:
@@ -71,33 +72,25 @@ class Workers:
 
         A dirty worker is not asked to: its weights are known not to be what it was loaded with.
         """
-        info = await self._engine.info(timeout_s)
+        infos = await self._engines.info(timeout_s)
         answers = await self.describe(timeout_s)
-        paused = await self._engine.is_paused(timeout_s)
-        instances = {a.place: a.instance for a in answers}
-        same = instances == self.instances
-        self._engine.places = tuple(instances)
+        paused = await self._engines.agree_on_pause(timeout_s)
+        same = {a.place: a.instance for a in answers} == self.instances
         dirty = any(a.body.dirty for a in answers)
         known = {w.place: w for w in self.status} if same else {}
         status = [_described(a, known.get(a.place)) for a in answers]
         if not dirty and (again or not same):
-            proofs = await self._engine.ask(
+            proofs = await self._engines.ask(
                 "attach", AttachReply, body=AttachBody(proof), timeout_s=timeout_s
             )
             for worker, proven in zip(status, proofs, strict=True):
                 _add_proof(worker, proven.body)
         self.status = status
-        self._servers = {str(info["instance"])}
-        self.identity = EngineStatus(
-            url=self._engine.base_url,
-            name=str(info.get("engine", "")),
-            version=str(info.get("version", "")),
-            model=str(info.get("model", "")),
-            instance=str(info["instance"]),
-            warnings=[str(warning) for warning in info.get("warnings", [])],
-        )
-        for warning in self.identity.warnings:
-            log.warning("%s", warning)
+        self.engines = [
+            _identified(client.base_url, info)
+            for client, info in zip(self._engines.clients, infos, strict=True)
+        ]
+        self._servers = {engine.instance for engine in self.engines}
         return Attached(
             versions=frozenset(a.body.version for a in answers),
             dirty=dirty,
@@ -111,7 +104,7 @@ class Workers:
     ) -> list[WorkerOffer]:
         """Have every worker trace and register; what each offers, sorted by place."""
         answers = self._same(
-            await self._engine.ask(
+            await self._engines.ask(
                 "layout",
                 LayoutReply,
                 body=LayoutBody(epoch, session, manifest),
@@ -122,12 +115,12 @@ class Workers:
 
     async def connect(self, bodies: Sequence[ConnectBody], *, timeout_s: float) -> None:
         """Tell every worker who will write what to it.  ``bodies`` in the order of the places."""
-        self._same(await self._engine.tell("connect", timeout_s=timeout_s, **self._each(bodies)))
+        self._same(await self._engines.tell("connect", timeout_s=timeout_s, **self._each(bodies)))
 
     async def begin(self, epoch: int, version: int, push_id: str, *, timeout_s: float) -> None:
         """Every worker checks its tensors' identity and marks itself dirty."""
         body = BeginBody(epoch, version, push_id)
-        self._same(await self._engine.tell("begin", body=body, timeout_s=timeout_s))
+        self._same(await self._engines.tell("begin", body=body, timeout_s=timeout_s))
         for worker in self.status:
             worker.dirty = True
 
@@ -140,7 +133,9 @@ class Workers:
             The parts of the slowest one's time, in seconds; whether any has ended the epoch.
         """
         answers = self._same(
-            await self._engine.ask("commit", CommitReply, timeout_s=timeout_s, **self._each(bodies))
+            await self._engines.ask(
+                "commit", CommitReply, timeout_s=timeout_s, **self._each(bodies)
+            )
         )
         if wrong := [a for a in answers if a.body.version != version]:
             raise EngineError(
@@ -155,7 +150,7 @@ class Workers:
     async def abort(self, push_id: str, *, timeout_s: float) -> tuple[frozenset[int], bool]:
         """Every worker gives the push up; their versions, and whether any of them is dirty."""
         answers = self._same(
-            await self._engine.ask(
+            await self._engines.ask(
                 "abort", AbortReply, body=AbortBody(push_id), timeout_s=timeout_s
             )
         )
@@ -165,12 +160,12 @@ class Workers:
 
     async def close(self, *, timeout_s: float) -> None:
         """Every worker drops its peers and registrations: late writes find nothing (WS-8)."""
-        await self._engine.tell("close", timeout_s=timeout_s)
+        await self._engines.tell("close", timeout_s=timeout_s)
 
     async def checksums(self, *, timeout_s: float) -> dict[str, str]:
         """SHA-256 of every final kernel tensor; with several workers the place comes first."""
         answers = self._same(
-            await self._engine.ask("checksums", ChecksumsReply, timeout_s=timeout_s)
+            await self._engines.ask("checksums", ChecksumsReply, timeout_s=timeout_s)
         )
         return {
             name if len(answers) == 1 else f"{a.place}/{name}": digest
@@ -181,7 +176,7 @@ class Workers:
     def _each(self, bodies: Sequence[object]) -> Mapping[str, Any]:
         if len(bodies) != len(self.status):
             raise EngineDetachedError(
-                f"the engine has {len(self.status)} workers now, not {len(bodies)}",
+                f"there are {len(self.status)} workers now, not {len(bodies)}",
                 hint="make a new rendezvous",
             )
         if len(bodies) == 1:
@@ -196,6 +191,20 @@ class Workers:
                 hint="the agent joins the new ones by itself; then make a new rendezvous",
             )
         return answers
+
+
+def _identified(url: str, info: Mapping[str, Any]) -> EngineStatus:
+    warnings = [str(warning) for warning in info.get("warnings", [])]
+    for warning in warnings:
+        log.warning("%s: %s", url, warning)
+    return EngineStatus(
+        url=url,
+        name=str(info.get("engine", "")),
+        version=str(info.get("version", "")),
+        model=str(info.get("model", "")),
+        instance=str(info["instance"]),
+        warnings=warnings,
+    )
 
 
 def _described(answer: Answer[DescribeReply], known: WorkerStatus | None) -> WorkerStatus:

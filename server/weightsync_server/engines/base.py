@@ -22,10 +22,8 @@ class EngineAdapter(abc.ABC):
     #: engine name and version, for people and for the compatibility warning
     name: str
     version: str
-    #: logical place of this worker (never a device number)
+    #: logical place of this worker (never a device number); its ``engine`` is the agent's to say
     place: WorkerPlace
-    #: how many workers answer each command
-    workers: int
     #: where the live weights are
     device: torch.device
 

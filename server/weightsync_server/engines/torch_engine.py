@@ -53,7 +53,6 @@ class TorchAdapter(EngineAdapter):
 
     name = "torch"
     place = WorkerPlace()
-    workers = 1
 
     def __init__(
         self, model: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"

@@ -52,12 +52,14 @@ class VllmAdapter(EngineAdapter):
         rank = int(worker.rank)
         tp = int(parallel.tensor_parallel_size)
         pp = int(parallel.pipeline_parallel_size)
-        dp = int(parallel.data_parallel_rank)
         expert = bool(getattr(parallel, "enable_expert_parallel", False))
         self.place = WorkerPlace(
-            dp=dp, pp=rank // tp % pp, tp=rank % tp, ep=dp * tp + rank % tp if expert else 0
+            # the cores of a dense model all have rank 0, and only the index tells them apart
+            dp=int(parallel.data_parallel_index),
+            pp=rank // tp % pp,
+            tp=rank % tp,
+            ep=int(parallel.data_parallel_rank) * tp + rank % tp if expert else 0,
         )
-        self.workers = tp * pp * int(getattr(parallel, "data_parallel_size_local", 1) or 1)
         device = torch.device(worker.device)
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
@@ -98,7 +100,7 @@ class VllmAdapter(EngineAdapter):
         try:
             for key, value in registries.items():
                 setattr(compilation, key, type(value)())
-            with self._as_loading(), torch.device("meta"):
+            with self._as_loading(), vllm_compat.buildable_on_meta(), torch.device("meta"):
                 twin: nn.Module = initialize_model(vllm_config=self._config)
         finally:
             for key, value in registries.items():

@@ -12,14 +12,21 @@ data-parallel engine.  From 0.32 it also waits for the devices.  0.24 does not, 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from weightsync.errors import EngineError
 from weightsync.protocol import PauseMode
+from weightsync_server.engines.vllm_deployment import (
+    check_deployment,
+    commanded_workers,
+    deployment_warnings,
+)
 
 TESTED_VERSIONS = ("0.24", "0.32")
 
@@ -28,40 +35,44 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class EngineIdentity:
-    """Who the engine is.  ``workers`` is None where the client cannot tell."""
+    """Who the engine is, and how many workers answer each command."""
 
     engine: str
     version: str
     model: str
-    workers: int | None
+    workers: int
     warnings: tuple[str, ...] = ()
 
 
 def identify(client: Any) -> EngineIdentity:
-    """Name, version, model and worker count of the engine behind ``client``."""
+    """Name, version, model and worker count of the engine behind ``client``.
+
+    Raises:
+        EngineError: It is started in a way that no push can be right for.
+    """
     config = getattr(client, "vllm_config", None)
     if config is None:
         return EngineIdentity(
             engine=str(getattr(client, "engine_name", "unknown")),
             version=str(getattr(client, "engine_version", "unknown")),
             model=str(getattr(client, "model_path", "")),
-            workers=getattr(client, "world_size", None),
+            workers=int(client.world_size),
         )
     import vllm
 
     version = str(vllm.__version__)
-    parallel = config.parallel_config
-    warnings: tuple[str, ...] = ()
+    check_deployment(config)
+    warnings = deployment_warnings(config)
     if ".".join(version.split(".")[:2]) not in TESTED_VERSIONS:
-        warnings = (
-            f"vLLM {version} is untested with weightsync; tested: {', '.join(TESTED_VERSIONS)}",
+        warnings.insert(
+            0, f"vLLM {version} is untested with weightsync; tested: {', '.join(TESTED_VERSIONS)}"
         )
     return EngineIdentity(
         engine="vllm",
         version=version,
         model=str(config.model_config.model),
-        workers=int(parallel.world_size) * int(parallel.data_parallel_size),
-        warnings=warnings,
+        workers=commanded_workers(config.parallel_config),
+        warnings=tuple(warnings),
     )
 
 
@@ -93,8 +104,20 @@ async def reset_caches(client: Any) -> None:
         EngineError: The engine did not reset its prefix cache.
     """
     options = {"reset_running_requests": True, "reset_connector": True}
-    done = await client.reset_prefix_cache(**_accepted(client.reset_prefix_cache, {}, options))
-    if done is False:
+    core: Any = getattr(client, "engine_core", None)
+    if len(getattr(core, "core_engines", ())) > 1:
+        # each data-parallel engine has a cache; 0.24 hands back the first one's answer alone
+        reset = core._call_utility_async  # noqa: SLF001 - there is no public way
+        done = await asyncio.gather(
+            *(
+                reset("reset_prefix_cache", *options.values(), engine=engine)
+                for engine in core.core_engines
+            )
+        )
+    else:
+        reset = client.reset_prefix_cache
+        done = [await reset(**_accepted(reset, {}, options))]
+    if False in done:
         raise EngineError(
             "the engine did not reset its prefix cache",
             hint="is there a KV connector that holds blocks? answers would mix old and new weights",
@@ -106,6 +129,29 @@ async def reset_caches(client: Any) -> None:
 async def call_workers(client: Any, command: str, timeout_s: float) -> None:
     """Hand one command to every worker and wait until each has returned."""
     await client.collective_rpc("weightsync_call", timeout=timeout_s, kwargs={"command": command})
+
+
+@contextlib.contextmanager
+def buildable_on_meta() -> Iterator[None]:
+    """Within this a model can be built on the meta device, and loaded afterwards."""
+    import torch
+    from vllm.model_executor.layers.fused_moe import expert_map_manager
+    from vllm.model_executor.models import utils
+
+    # it remembers by id() which layers a pipeline stage lacks, and ids of twins come again
+    utils._model_to_pp_missing_layer_names.clear()  # noqa: SLF001 - it has no public way
+    # the map of experts is read while a model is built and loaded: it needs real memory
+    determine = expert_map_manager.determine_expert_map
+
+    def determine_on_cpu(*args: Any, **kwargs: Any) -> Any:
+        with torch.device("cpu"):
+            return determine(*args, **kwargs)
+
+    expert_map_manager.determine_expert_map = determine_on_cpu
+    try:
+        yield
+    finally:
+        expert_map_manager.determine_expert_map = determine
 
 
 def is_attention(module: Any) -> bool:

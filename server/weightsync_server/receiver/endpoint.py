@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import urllib.error
 import urllib.request
@@ -66,6 +67,8 @@ class WorkerEndpoint:
             message = WorkerCommand.model_validate_json(command)
         except ValidationError as error:
             raise InputError(f"not a worker command: {error}") from error
+        adapter = self.receiver.adapter
+        adapter.place = dataclasses.replace(adapter.place, engine=message.engine)
         body, problem = "", None
         try:
             result = self._run(message)
@@ -76,15 +79,13 @@ class WorkerEndpoint:
         except Exception as error:
             logger.exception("%s failed", message.op)
             problem = EngineError(
-                f"{message.op} failed at {self.receiver.adapter.place}: "
-                f"{type(error).__name__}: {error}",
+                f"{message.op} failed at {adapter.place}: {type(error).__name__}: {error}",
                 hint="the engine's log has the traceback",
             ).to_problem()
         reply = WorkerReply(
             call_id=message.call_id,
-            place=str(self.receiver.adapter.place),
+            place=str(adapter.place),
             instance=self.receiver.instance,
-            workers=self.receiver.adapter.workers,
             body=body,
             problem=problem,
         )
