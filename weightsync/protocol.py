@@ -163,6 +163,34 @@ class AbortRequest(Message):
     reason: Annotated[str, StringConstraints(max_length=4096)] = ""
 
 
+class VerifyRequest(Message):
+    """``POST /verify``: does the engine hold what this rendezvous would write?  Changes nothing.
+
+    ``ranks`` as in :class:`CommitRequest`.  What goes to staging memory has been written there.
+    """
+
+    session: Id
+    epoch: int
+    ranks: list[RankDigests]
+    timeout_s: Seconds = 300.0
+
+
+class Difference(Message):
+    """A kernel tensor of one worker that is not what the rendezvous would make of it."""
+
+    place: str
+    tensor: str
+    what: str
+
+
+class VerifyResponse(Message):
+    """Answer to ``POST /verify``: ``kernel_tensors`` were compared, over all workers."""
+
+    version: Version
+    kernel_tensors: int
+    differs: list[Difference]
+
+
 class AttachRequest(Message):
     """``POST /attach``: (re)join the engine.  ``proof`` ``full`` compares all bytes."""
 
@@ -202,7 +230,16 @@ class WorkerCommand(Message):
 
     call_id: Id
     op: Literal[
-        "describe", "attach", "layout", "connect", "begin", "commit", "abort", "close", "checksums"
+        "describe",
+        "attach",
+        "layout",
+        "connect",
+        "begin",
+        "commit",
+        "abort",
+        "close",
+        "checksums",
+        "verify",
     ]
     reply_url: str
     timeout_s: Seconds

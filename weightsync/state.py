@@ -132,6 +132,24 @@ def step(state: AgentState, event: Event) -> Step:
             return _outcome(state, event)
 
 
+def check_verify(state: AgentState, session: str, epoch: int) -> None:
+    """Refuse a comparison that could not be one; it is no event, since it changes nothing.
+
+    Raises:
+        StateError: No engine, a push is writing, or this is not the connected rendezvous.
+    """
+    _refuse_detached(state)
+    if state.phase == "receiving":
+        raise PushInProgressError(
+            f"push {state.owner} is writing", hint="ask again when it is over"
+        )
+    _check_session(state, session, epoch)
+    if not state.connected:
+        raise NoSessionError(
+            f"session {session} has not finished its rendezvous", hint="POST /connect first"
+        )
+
+
 # ------------------------------------------------------------------ asks
 
 

@@ -141,3 +141,19 @@ class ChecksumsReply:
     """SHA-256 (hex) of every final kernel tensor's bytes; of opaque ones, of what they compute."""
 
     sha256: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyBody:
+    """Compare what is there with what the ranks of this epoch would write."""
+
+    epoch: int
+    ranks: list[RankDigestsBody]
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReply:
+    """How many kernel tensors were compared; (kernel tensor, what is other than expected)."""
+
+    kernel_tensors: int
+    differs: list[tuple[str, str]]

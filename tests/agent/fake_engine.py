@@ -28,6 +28,7 @@ from weightsync.worker_messages import (
     DescribeReply,
     LayoutBody,
     LayoutReply,
+    VerifyReply,
 )
 from weightsync_server.middleware import WeightsyncMiddleware
 from weightsync_server.secret import HEADER
@@ -126,6 +127,8 @@ class FakeWorker:
                 return AbortReply(self.dirty, self.version)
             case "checksums":
                 return ChecksumsReply({"a": "00" * 32})
+            case "verify":
+                return VerifyReply(2, [("b", "other bytes")] if self.place.tp else [])
         return None
 
 

@@ -29,6 +29,8 @@ from weightsync.protocol import (
     ResumeRequest,
     Seconds,
     StepResponse,
+    VerifyRequest,
+    VerifyResponse,
     Version,
     WorkerReply,
 )
@@ -264,6 +266,7 @@ class Agent:
         post("/begin_update", BeginRequest, StepResponse, calls.begin)
         post("/commit_update", CommitRequest, StepResponse, calls.commit)
         post("/abort_update", AbortRequest, StepResponse, calls.abort)
+        post("/verify", VerifyRequest, VerifyResponse, calls.verify)
 
         async def reply(message: WorkerReply) -> Health:
             """A worker's answer."""

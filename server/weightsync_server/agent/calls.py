@@ -23,10 +23,13 @@ from weightsync.protocol import (
     InitTransferResponse,
     Message,
     PauseRequest,
+    RankDigests,
     ResumeRequest,
     StepResponse,
+    VerifyRequest,
+    VerifyResponse,
 )
-from weightsync.state import step
+from weightsync.state import check_verify, step
 from weightsync.state_events import (
     AbortAsked,
     Ask,
@@ -38,7 +41,13 @@ from weightsync.state_events import (
     PauseAsked,
     ResumeAsked,
 )
-from weightsync.worker_messages import CommitBody, ConnectBody, RankDigestsBody, RankWrites
+from weightsync.worker_messages import (
+    CommitBody,
+    ConnectBody,
+    RankDigestsBody,
+    RankWrites,
+    VerifyBody,
+)
 from weightsync_server.agent.once import Mark, Once
 from weightsync_server.agent.service import Service, Work
 
@@ -162,6 +171,16 @@ class Calls:
             )
         return await self._service.workers.checksums(timeout_s=timeout_s)
 
+    async def verify(self, request: VerifyRequest) -> VerifyResponse:
+        """``POST /verify``.  It changes nothing, so it takes no turn and is never remembered."""
+        check_verify(self._service.state, request.session, request.epoch)
+        digests = await asyncio.to_thread(self._digests, request.ranks, self._workers)
+        count, differs = await self._service.workers.verify(
+            [VerifyBody(request.epoch, ranks) for ranks in digests], timeout_s=request.timeout_s
+        )
+        version = self._service.state.version
+        return VerifyResponse(version=version, kernel_tensors=count, differs=differs)
+
     async def stop(self) -> None:
         """Cancel what runs."""
         await self._once.stop()
@@ -238,21 +257,27 @@ class Calls:
         ]
 
     def _commit_bodies(self, request: CommitRequest, workers: int) -> list[CommitBody]:
-        _check_ranks("commit", [(r.rank, len(r.digests)) for r in request.ranks], workers)
-        limit = self._max_unpacked_nbytes
         return [
             CommitBody(
                 request.epoch,
                 request.version,
                 request.push_id,
-                [
-                    RankDigestsBody(r.rank, unpack(r.digests[w], list[bytes], max_nbytes=limit))
-                    for r in request.ranks
-                    if r.digests[w]
-                ],
+                ranks,
                 # less than the agent's own deadline, so that the worker can name who is missing
                 max(0.7 * request.timeout_s, request.timeout_s - 4.0),
             )
+            for ranks in self._digests(request.ranks, workers)
+        ]
+
+    def _digests(self, ranks: Sequence[RankDigests], workers: int) -> list[list[RankDigestsBody]]:
+        _check_ranks("digests", [(r.rank, len(r.digests)) for r in ranks], workers)
+        limit = self._max_unpacked_nbytes
+        return [
+            [
+                RankDigestsBody(r.rank, unpack(r.digests[w], list[bytes], max_nbytes=limit))
+                for r in ranks
+                if r.digests[w]
+            ]
             for w in range(workers)
         ]
 

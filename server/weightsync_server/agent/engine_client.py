@@ -29,7 +29,16 @@ from weightsync_server.secret import HEADER
 T = TypeVar("T")
 
 Op = Literal[
-    "describe", "attach", "layout", "connect", "begin", "commit", "abort", "close", "checksums"
+    "describe",
+    "attach",
+    "layout",
+    "connect",
+    "begin",
+    "commit",
+    "abort",
+    "close",
+    "checksums",
+    "verify",
 ]
 
 #: what the answer on the way back may take longer than the engine was given

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from weightsync.codec import pack
 from weightsync.errors import EngineDetachedError, EngineError
 from weightsync.manifest import TensorSpec
-from weightsync.protocol import Refusal, WorkerOffer
+from weightsync.protocol import Difference, Refusal, WorkerOffer
 from weightsync.state_events import Attached
 from weightsync.worker_messages import (
     AbortBody,
@@ -26,6 +26,8 @@ from weightsync.worker_messages import (
     DescribeReply,
     LayoutBody,
     LayoutReply,
+    VerifyBody,
+    VerifyReply,
 )
 from weightsync_server.agent.engine_client import Answer
 from weightsync_server.agent.engines import Engines
@@ -172,6 +174,19 @@ class Workers:
             for a in answers
             for name, digest in a.body.sha256.items()
         }
+
+    async def verify(
+        self, bodies: Sequence[VerifyBody], *, timeout_s: float
+    ) -> tuple[int, list[Difference]]:
+        """How many kernel tensors were compared, and those that differ, sorted by place."""
+        answers = self._same(
+            await self._engine.ask("verify", VerifyReply, timeout_s=timeout_s, **self._each(bodies))
+        )
+        return sum(a.body.kernel_tensors for a in answers), [
+            Difference(place=a.place, tensor=tensor, what=what)
+            for a in answers
+            for tensor, what in a.body.differs
+        ]
 
     def _each(self, bodies: Sequence[object]) -> Mapping[str, Any]:
         if len(bodies) != len(self.status):

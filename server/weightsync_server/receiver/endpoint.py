@@ -22,6 +22,7 @@ from weightsync.worker_messages import (
     CommitBody,
     ConnectBody,
     LayoutBody,
+    VerifyBody,
 )
 from weightsync_server.engines.base import EngineAdapter
 from weightsync_server.receiver.receiver import Receiver
@@ -113,6 +114,8 @@ class WorkerEndpoint:
                 return r.close()
             case "checksums":
                 return r.checksums()
+            case "verify":
+                return r.verify(unpack(own, VerifyBody))
 
     @staticmethod
     def _post(url: str, reply: WorkerReply) -> None:

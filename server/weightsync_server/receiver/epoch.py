@@ -9,7 +9,12 @@ from weightsync.coverage import check_writes
 from weightsync.errors import DeadlineError, NoSessionError, PlanError, StaleEpochError, VerifyError
 from weightsync.manifest import Manifest
 from weightsync.transport.base import Transport
-from weightsync.worker_messages import BeginBody, CommitBody, RankWrites
+from weightsync.worker_messages import (
+    BeginBody,
+    CommitBody,
+    RankDigestsBody,
+    RankWrites,
+)
 from weightsync_server.receiver.target import Target
 from weightsync_server.receiver.units import Proofs
 
@@ -114,13 +119,14 @@ class Epoch:
                 )
             time.sleep(_POLL_S)
 
-    def check_digests(self, body: CommitBody) -> None:
-        """Compare what is in memory with what the ranks sent.
+    def mismatches(self, ranks: list[RankDigestsBody]) -> dict[int, list[tuple[int, int, int]]]:
+        """The writes of each rank whose bytes in memory are not those that it sent.
 
         Raises:
-            VerifyError: It differs.
+            VerifyError: Digests are missing.
         """
-        sent = {r.rank: r.digests for r in body.ranks}
+        sent = {r.rank: r.digests for r in ranks}
+        found = {}
         for rank, writes in self._writes.items():
             want = sent.get(rank, [])
             if len(want) != len(writes):
@@ -129,8 +135,18 @@ class Epoch:
                     hint="trainer and agent must have the same version",
                 )
             got = digest.digests([self.target.piece(*w) for w in writes])
-            bad = [w for w, a, b in zip(writes, got, want, strict=True) if a != b]
+            found[rank] = [w for w, a, b in zip(writes, got, want, strict=True) if a != b]
+        return found
+
+    def check_digests(self, body: CommitBody) -> None:
+        """Compare what is in memory with what the ranks sent.
+
+        Raises:
+            VerifyError: It differs.
+        """
+        for rank, bad in self.mismatches(body.ranks).items():
             if bad:
+                writes = self._writes[rank]
                 region = self.target.layout.regions[bad[0][0]].name
                 raise VerifyError(
                     f"{len(bad)} of {len(writes)} writes of rank {rank} differ from what it sent; "

@@ -242,27 +242,47 @@ class Prover:
         full: bool,
     ) -> None:
         """Post-process a copy loaded from ``source``; refuse unless that is what serves now."""
-        tensors, columns = {}, {}
+        tensors = {}
+        for name in unit.params.values():
+            tensors[name] = self.empty(name)
+            replay(copies[name], source, tensors[name])
+        try:
+            reason = self.difference(unit, tensors, "away", full=full)
+        except LayoutError as error:
+            reason = error.message
+        if reason:
+            proofs.refusals.update(
+                dict.fromkeys(unit.params.values(), f"{unit.path or 'the model'}: {reason}")
+            )
+
+    def difference(
+        self, unit: Unit, tensors: Mapping[str, torch.Tensor], given: Given, *, full: bool
+    ) -> str:
+        """Why the live module is not what post-processing makes of ``tensors``; empty: it is.
+
+        Args:
+            unit: Names the module.
+            tensors: By kernel tensor, in load format.
+            given: See :func:`finished_copy`.
+            full: Ask opaque kernels for every column.
+
+        Raises:
+            LayoutError: The engine's post-processing failed.
+        """
+        columns = {}
         for leaf, name in unit.params.items():
-            t = tensors[name] = self.empty(name)
-            replay(copies[name], source, t)
+            t = tensors[name]
             if t.ndim == 2:
                 k = t.shape[1]
                 count = k if full else min(k, _READ_BACK_COLUMNS)
                 which = torch.linspace(0, k - 1, count, device=t.device).long()
                 columns[leaf] = (which, t[:, which])
-        try:
-            made, live = self.finished(unit, tensors, "away")
-        except LayoutError as error:
-            reason = error.message
-        else:
-            reason = obstacle(live, made, replaceable=self.adapter.replaceable)
-            reason = reason or _differs(unit, made, live)
-            reason = reason or self._reads_back(unit, made, live, columns)
-        if reason:
-            proofs.refusals.update(
-                dict.fromkeys(unit.params.values(), f"{unit.path or 'the model'}: {reason}")
-            )
+        made, live = self.finished(unit, tensors, given)
+        return (
+            obstacle(live, made, replaceable=self.adapter.replaceable)
+            or _differs(unit, made, live)
+            or self._reads_back(unit, made, live, columns)
+        )
 
     def _reads_back(
         self,

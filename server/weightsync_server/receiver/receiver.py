@@ -15,7 +15,13 @@ from collections.abc import Callable
 
 import torch
 
-from weightsync.errors import LayoutError, NoSessionError, StaleEpochError, StaleVersionError
+from weightsync.errors import (
+    LayoutError,
+    NoSessionError,
+    PushInProgressError,
+    StaleEpochError,
+    StaleVersionError,
+)
 from weightsync.manifest import Manifest
 from weightsync.transport.base import LocalMemory, Transport
 from weightsync.worker_messages import (
@@ -31,6 +37,8 @@ from weightsync.worker_messages import (
     DescribeReply,
     LayoutBody,
     LayoutReply,
+    VerifyBody,
+    VerifyReply,
 )
 from weightsync_server.engines.base import EngineAdapter
 from weightsync_server.receiver.checkpoint import Checkpoint
@@ -42,6 +50,7 @@ from weightsync_server.receiver.proof import Prover
 from weightsync_server.receiver.target import Copies, Target, copies_by_tensor
 from weightsync_server.receiver.tracer import trace
 from weightsync_server.receiver.units import Proofs
+from weightsync_server.receiver.verify import differences
 
 logger = logging.getLogger(__name__)
 
@@ -338,3 +347,22 @@ class Receiver:
         # without proofs the prover looks at every module that could own a weight
         proofs = self._proofs or self._prover.guess(dict.fromkeys(self._prover.tensors(), ()))
         return ChecksumsReply(checksums(self._prover, proofs.units))
+
+    def verify(self, body: VerifyBody) -> VerifyReply:
+        """Compare what the engine serves with what this epoch's ranks would write.
+
+        Raises:
+            PushInProgressError: A push of this epoch is writing.
+            IdentityError: A kernel tensor moved.
+            VerifyError: What was written to staging memory is not what was sent.
+        """
+        epoch = self._current(body.epoch)
+        if epoch.pushing is not None:
+            raise PushInProgressError(
+                f"push {epoch.pushing.push_id} is writing", hint="ask again when it is over"
+            )
+        self._check_place()
+        self.adapter.synchronize()
+        proofs = epoch.proofs or self._unproven(epoch.target.copies)
+        found = differences(epoch, proofs, self._prover, body.ranks)
+        return VerifyReply(len(epoch.target.memory), sorted(found.items()))

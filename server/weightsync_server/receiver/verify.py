@@ -1,0 +1,47 @@
+"""Does the engine serve what a rendezvous would write?  Nothing that it serves with is changed."""
+
+from __future__ import annotations
+
+from weightsync.errors import LayoutError, VerifyError
+from weightsync.worker_messages import RankDigestsBody
+from weightsync_server.receiver.epoch import Epoch
+from weightsync_server.receiver.proof import Prover
+from weightsync_server.receiver.units import Proofs
+
+
+def differences(
+    epoch: Epoch, proofs: Proofs, prover: Prover, sent: list[RankDigestsBody]
+) -> dict[str, str]:
+    """What is other in each kernel tensor than a push of this epoch would leave there.
+
+    A direct tensor is compared by digests.  What is staged has been written to its buffer, which
+    is post-processed and compared as in a proof, and so is what was made beside a direct tensor.
+
+    Raises:
+        VerifyError: A buffer holds other bytes than were sent: nothing can be said.
+    """
+    target = epoch.target
+    regions = target.layout.regions
+    other: dict[str, str] = {}
+    for rank, writes in epoch.mismatches(sent).items():
+        for region, offset, nbytes in writes:
+            name = regions[region].name
+            if name in target.staged:
+                raise VerifyError(
+                    f"{nbytes} bytes at {offset} of the buffer for {name} are not those that rank "
+                    f"{rank} sent",
+                    hint="write what is staged before POST /verify, and verify again",
+                    tensor=name,
+                )
+            other[name] = "other bytes"
+    for unit in proofs.units:
+        names = unit.params.values()
+        if unit.kind == "direct" or other.keys() & names:
+            continue
+        try:
+            what = prover.difference(unit, target.memory, "copy", full=True)
+        except LayoutError as error:
+            what = error.message
+        if what:
+            other.update(dict.fromkeys(names, what))
+    return other
