@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from weightsync_client.held import LocalShard
     from weightsync_client.publisher import Publisher
+    from weightsync_client.quantization import QuantizationSpec
     from weightsync_client.report import AgentOutcome, PushReport
     from weightsync_client.settings import Deadlines
     from weightsync_client.source import ModuleSource, StateDictSource, WeightSource
@@ -19,6 +20,7 @@ __all__ = [
     "ModuleSource",
     "Publisher",
     "PushReport",
+    "QuantizationSpec",
     "StateDictSource",
     "WeightSource",
 ]
@@ -31,6 +33,7 @@ _HOMES = {
     "ModuleSource": "source",
     "Publisher": "publisher",
     "PushReport": "report",
+    "QuantizationSpec": "quantization",
     "StateDictSource": "source",
     "WeightSource": "source",
 }

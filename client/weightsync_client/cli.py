@@ -43,6 +43,13 @@ class Where(StrEnum):
     cuda = "cuda"
 
 
+class Quantized(StrEnum):
+    """What the demo's engines can serve."""
+
+    none = "none"
+    fp8 = "fp8"
+
+
 @app.command()
 def demo(
     engine: Annotated[
@@ -78,6 +85,10 @@ def demo(
     trainer_ranks: Annotated[
         int, typer.Option(min=1, max=64, help="Trainer processes; FSDP2 shards the weights.")
     ] = 1,
+    quantization: Annotated[
+        Quantized,
+        typer.Option(help="fp8: the engine serves fp8 blocks, the trainer keeps bfloat16."),
+    ] = Quantized.none,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")
     ] = False,
@@ -113,6 +124,7 @@ def demo(
         expert_parallel=expert_parallel,
         replicas=replicas,
         trainer_ranks=trainer_ranks,
+        quantization=quantization.value,
         workdir=workdir,
         keep=keep,
         timeout_s=timeout,

@@ -54,11 +54,19 @@ class Introduction:
 
 
 def introduce(declaration: Declaration, source: WeightSource, *, alone: bool) -> Introduction:
-    """This rank's introduction; ``alone``: no other rank could have a copy."""
+    """This rank's introduction.
+
+    Args:
+        declaration: What it declares.
+        source: Where its values are, before any quantisation.
+        alone: No other rank could have a copy.
+    """
     if alone:
         return Introduction(declaration, {})
     by_device: dict[torch.device, dict[str, torch.Tensor]] = {}
-    for spec, boxes in zip(declaration.tensors, declaration.boxes, strict=True):
+    holdings = source.holdings()
+    for spec in declaration.tensors:
+        boxes = tuple(holdings.get(spec.name, ()))
         if boxes == (Box.whole(spec.shape),) and spec.numel and not spec.alias_of:
             local = source.local(spec.name, 0).detach()
             by_device.setdefault(local.device, {})[spec.name] = local

@@ -18,6 +18,7 @@ from weightsync_client.control import Fleet
 from weightsync_client.gloo import make_ranks
 from weightsync_client.progress import Progress, ProgressKind, make_progress
 from weightsync_client.push import Open, Push, PushSettings, fleet_status
+from weightsync_client.quantization import QuantizationSpec
 from weightsync_client.rendezvous import Pushed
 from weightsync_client.report import PushReport
 from weightsync_client.settings import Deadlines, token_from_env
@@ -52,6 +53,7 @@ class Publisher:
             the model.  Where they do not fit they go in rounds, one half of the memory being
             filled while the other is on the wire: a push then packs everything twice, and from
             the third round on an engine waits for the slower of packing and wire.
+        quantization: What to publish as fp8, for engines that serve such a checkpoint.
         verify: True, or the TLS context to check ``https`` agents with.
         group: The ranks that push together: the default process group if there is one, another
             group of any backend, or None: this process alone.
@@ -73,6 +75,7 @@ class Publisher:
         progress: ProgressKind | Progress = "auto",
         ignore: Sequence[str] = (),
         max_slot_bytes: int | None = None,
+        quantization: QuantizationSpec | None = None,
         verify: ssl.SSLContext | bool = True,
         group: dist.ProcessGroup | Literal["default"] | None = "default",
     ) -> None:
@@ -102,6 +105,7 @@ class Publisher:
             max_slot_nbytes=max_slot_bytes,
             progress=make_progress(progress if ranks.rank == 0 else "off"),
         )
+        self._quantization = quantization
         self._held = Open(fleet, ranks)
         self._one_push = threading.Lock()
         # Also at exit: the transport must let go of the memory before the interpreter does (WS-9).
@@ -133,7 +137,7 @@ class Publisher:
                 "this publisher is in the middle of another push", hint="push from one thread"
             )
         try:
-            pushed = Pushed(model)
+            pushed = Pushed(model, self._quantization)
             push = Push(self._held, self._settings, pushed, version)
             try:
                 return push.run()

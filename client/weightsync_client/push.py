@@ -13,6 +13,7 @@ from weightsync.protocol import PauseMode, RankDigests
 from weightsync.transport.base import Transport
 from weightsync_client.control import Fleet
 from weightsync_client.progress import Progress
+from weightsync_client.quantized import Findings, merge
 from weightsync_client.ranks import Ranks
 from weightsync_client.rendezvous import Pushed, open_session
 from weightsync_client.report import PHASES, PushReport
@@ -130,6 +131,7 @@ class Push:
                 decide_s=deadlines.status_s + deadlines.grace_s,
             )  # fmt: skip
             self._version, self._push_id = start.version, start.push_id
+            self._share_scales()
             if start.fresh:
                 self._enter("rendezvous")
                 held.end_session()
@@ -172,6 +174,19 @@ class Push:
             raise
         settings.progress.done(report)
         return report
+
+    def _share_scales(self) -> None:
+        """Agree on the scales of blocks that lie on several ranks."""
+        if (quantized := self._pushed.quantized) is None:
+            return
+        self._enter("scales")
+        deadlines = self._settings.deadlines
+        merged = self._meet(
+            "scales", quantized.findings, merge, kind=Findings, result=dict[str, bytes],
+            work_s=deadlines.for_bytes(deadlines.write_s, quantized.cut_nbytes),
+            decide_s=deadlines.for_bytes(deadlines.grace_s, quantized.cut_nbytes),
+        )  # fmt: skip
+        quantized.learn(merged)
 
     def _hello(self) -> _Hello:
         session, declaration = self._held.session, self._pushed.declaration

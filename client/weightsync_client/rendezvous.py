@@ -27,6 +27,8 @@ from weightsync.protocol import (
 from weightsync.transport.base import Transport
 from weightsync_client.control import Agent, Fleet
 from weightsync_client.declaration import Declaration, Introduction, introduce, join
+from weightsync_client.quantization import QuantizationSpec
+from weightsync_client.quantized import QuantizedSource
 from weightsync_client.ranks import Ranks
 from weightsync_client.session import JobSize, Offer, Session, Worker
 from weightsync_client.settings import Deadlines
@@ -38,15 +40,29 @@ class Pushed:
 
     Args:
         model: See :meth:`weightsync_client.publisher.Publisher.push`.
+        quantization: What of it is published as fp8.
     """
 
-    def __init__(self, model: Weights) -> None:
+    def __init__(self, model: Weights, quantization: QuantizationSpec | None = None) -> None:
         self._model = model
+        self._quantization = quantization
 
     @cached_property
-    def source(self) -> WeightSource:
-        """Where the values are.  Its errors are those of :func:`as_source`."""
+    def given(self) -> WeightSource:
+        """Where the values are, as the trainer has them.  Errors are :func:`as_source`'s."""
         return as_source(self._model)
+
+    @cached_property
+    def quantized(self) -> QuantizedSource | None:
+        """Where the published values come from, if some are quantised."""
+        if self._quantization is None:
+            return None
+        return QuantizedSource(self.given, self._quantization)
+
+    @property
+    def source(self) -> WeightSource:
+        """Where the published values come from."""
+        return self.given if self.quantized is None else self.quantized
 
     @cached_property
     def declaration(self) -> Declaration:
@@ -130,7 +146,7 @@ def open_session(
 
     terms = ranks.meet(
         "declare",
-        lambda: introduce(pushed.declaration, pushed.source, alone=ranks.world_size == 1),
+        lambda: introduce(pushed.declaration, pushed.given, alone=ranks.world_size == 1),
         lambda introduced: _init(fleet, introduced, timeout_s),
         kind=Introduction,
         result=_Terms,
@@ -215,15 +231,15 @@ def _plan(
         manifest=manifest,
         workers=[Worker(*one) for one in found],
         plan=plan,
-        device=_device(pushed.source, pushed.declaration),
+        device=_device(pushed.given),
         make_transport=make_transport,
     )
 
 
-def _device(source: WeightSource, declaration: Declaration) -> torch.device:
+def _device(source: WeightSource) -> torch.device:
     """Where most of this rank's bytes are: its slots are filled there."""
     nbytes: Counter[torch.device] = Counter()
-    for name, boxes in declaration.holdings.items():
+    for name, boxes in source.holdings().items():
         for index in range(len(boxes)):
             local = source.local(name, index)
             nbytes[local.device] += local.nbytes

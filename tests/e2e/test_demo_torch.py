@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from tests.support.models import config_of
 from weightsync_client.demo import DemoOptions, run_demo, stack
@@ -78,6 +79,25 @@ def test_two_fsdp2_ranks_push_into_two_engines(tmp_path):
         assert push["nbytes"] == pytest.approx(2 * saved, rel=0.01)
     assert "50 of 50 tensors of 2 engines have the fresh load's SHA-256" in done.stderr
     assert processes_below(workdir) == []
+
+
+def test_two_bf16_ranks_push_into_an_engine_of_fp8_blocks(tmp_path):
+    """Experts too; the checkpoint that the engine is compared with was not made by the push."""
+    path, workdir = tmp_path / "config.json", tmp_path / "demo"
+    config_of("qwen3_moe").to_json_file(path)
+    options = ["--trainer-ranks", "2", "--pushes", "2", "--model-config", str(path)]
+    done = demo("--json", "--workdir", str(workdir), "--quantization", "fp8", *options)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["ok"] is True
+    assert (said["bytes_equal_fresh_load"], said["logprobs_equal_fresh_load"]) == (True, True)
+    with safe_open(workdir / "trained" / "model.safetensors", "pt") as saved:
+        names = set(saved.keys())
+        one = "model.layers.1.mlp.experts.7.down_proj.weight"
+        assert saved.get_slice(one).get_dtype() == "F8_E4M3"
+    scales = {name for name in names if name.endswith("_scale_inv")}
+    assert len(scales) == 2 * (4 + 3 * 8)
+    assert "model.layers.0.mlp.gate.weight_scale_inv" not in scales
 
 
 def test_plain_lines_show_a_moe_that_publishes_one_tensor_an_expert(tmp_path):

@@ -30,6 +30,7 @@ class TrainerLink:
         device: Where it keeps the weights, ``cpu`` or ``cuda``.
         ranks: How many processes it has.
         deadline: Of every wait.
+        quantization: ``fp8``: of checkpoints and pushes.
     """
 
     def __init__(
@@ -41,9 +42,10 @@ class TrainerLink:
         device: str,
         ranks: int,
         deadline: Deadline,
+        quantization: str = "none",
     ) -> None:
         command = [sys.executable, "-m", "weightsync_client.demo.trainer"]
-        command += ["--folder", str(folder), "--device", device]
+        command += ["--folder", str(folder), "--device", device, "--quantization", quantization]
         for agent in agents:
             command += ["--agent", agent]
         if config_file is not None:

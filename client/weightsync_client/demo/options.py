@@ -12,6 +12,7 @@ from weightsync.errors import InputError
 
 EngineKind = Literal["vllm", "torch"]
 Device = Literal["auto", "cpu", "cuda"]
+Quantization = Literal["none", "fp8"]
 _NVIDIA = Path("/dev/nvidiactl")
 
 
@@ -42,6 +43,8 @@ class DemoOptions(BaseModel):
     """Engines that are pushed to, each with an agent of its own."""
     trainer_ranks: Annotated[int, Field(ge=1, le=64)] = 1
     """Processes of the training job; more than one: FSDP2, each holds and pushes its shards."""
+    quantization: Quantization = "none"
+    """``fp8``: the engine serves fp8 blocks, the trainer keeps bfloat16 and quantises in a push."""
     workdir: Path | None = None
     """Folder for checkpoints and logs, empty or new, that is kept; None: a temporary one."""
     keep: bool = False

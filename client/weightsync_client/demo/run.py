@@ -103,6 +103,7 @@ class _Demo:
             "cuda" if options.cuda else "cpu",
             options.trainer_ranks,
             self._deadline,
+            options.quantization,
         )
         view.working("making a model with random weights")
         made = trainer.wait("made")

@@ -21,9 +21,11 @@ from typing import Any, TextIO
 import torch.distributed as dist
 
 from weightsync.errors import WeightSyncError
+from weightsync_client.demo.fp8 import quantize_checkpoint
 from weightsync_client.demo.model import describe_model, draw_weights, new_model
 from weightsync_client.demo.sharded import gathered, join, own_device, shard
 from weightsync_client.publisher import Publisher
+from weightsync_client.quantization import QuantizationSpec
 from weightsync_client.report import PushReport
 
 
@@ -70,12 +72,13 @@ def train(options: argparse.Namespace, lines: TextIO, out: Events) -> None:
     draw_weights(model, seed=0)
     facts = describe_model(model)
     if first:
-        model.save_pretrained(options.folder / "v0")
+        _write(model, options, "v0")
     mesh = join(options.device)
     if mesh is not None:
         shard(model, mesh)
     out.send("made", **facts)
-    with Publisher(options.agent, progress=out) as publisher:
+    spec = QuantizationSpec() if options.quantization == "fp8" else None
+    with Publisher(options.agent, progress=out, quantization=spec) as publisher:
         for line in lines:
             command, *rest = line.split()
             if command == "push":
@@ -95,7 +98,13 @@ def _save(model: Any, options: argparse.Namespace, *, sharded: bool) -> None:
             return
         model = new_model(options.config)
         model.load_state_dict(weights)
-    model.save_pretrained(options.folder / "trained")
+    _write(model, options, "trained")
+
+
+def _write(model: Any, options: argparse.Namespace, name: str) -> None:
+    model.save_pretrained(options.folder / name)
+    if options.quantization == "fp8":
+        quantize_checkpoint(options.folder / name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--agent", action="append", required=True)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quantization", default="none")
     options = parser.parse_args(argv)
     options.rank = int(os.environ["RANK"])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")

@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from weightsync.layout import WorkerPlace
 from weightsync_server.engines.base import EngineAdapter
+from weightsync_server.engines.torch_fp8 import SCALES, grid, keep_blocks
+from weightsync_server.receiver.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -64,15 +66,55 @@ class TorchAdapter(EngineAdapter):
         self.version = transformers.__version__
         self.device = torch.device(device)
         self._folder = model
-        live = transformers.AutoModelForCausalLM.from_pretrained(
-            model, dtype="auto" if dtype is None else dtype
-        )
         #: the model's transformers config
-        self.config: Any = live.config
+        self.config: Any = transformers.AutoConfig.from_pretrained(model)
+        fp8 = getattr(self.config, "quantization_config", None) is not None
+        if fp8:  # transformers would turn the blocks into bfloat16 where there is no GPU
+            del self.config.quantization_config
+            live = transformers.AutoModelForCausalLM.from_config(
+                self.config, dtype=self.config.dtype if dtype is None else dtype
+            )
+        else:
+            live = transformers.AutoModelForCausalLM.from_pretrained(
+                model, dtype="auto" if dtype is None else dtype
+            )
+            self.config = live.config
         self._live = cast("nn.Module", live).to(self.device).eval().requires_grad_(False)
         self._dtype = live.dtype
         self._tied = _tied_names(self._live)
-        self._parts = _checkpoint_parts(self._live)
+        self._parts = _checkpoint_parts(self._live, self._live.state_dict())
+        self._blocks: frozenset[str] = frozenset()
+        if fp8:
+            self._load_blocks(Checkpoint(model))
+
+    def _load_blocks(self, checkpoint: Checkpoint) -> None:
+        """Load a checkpoint of fp8 blocks: what has scales there is kept as blocks.
+
+        Raises:
+            ValueError: A tensor is missing.
+        """
+        names = {t.name for t in checkpoint.manifest()}
+        scaled = {n.removesuffix(SCALES) for n in names if n.endswith(SCALES)}
+        self._blocks = frozenset(part.parameter for n, part in self._parts.items() if n in scaled)
+        grids = {
+            name: torch.empty(grid(t.shape) if name in self._blocks else t.shape, device="meta")
+            for name, t in self._live.state_dict().items()
+        }
+        for name, part in _checkpoint_parts(self._live, grids).items():
+            if part.parameter in self._blocks:
+                # the conversion may drop dims of size 1, which a weight has not and its grid has
+                shape = grid(self._parts[name].shape)
+                kept = iter(s for n, s in zip(part.shape, part.strides, strict=True) if n > 1)
+                strides = tuple(next(kept) if n > 1 else 1 for n in shape)
+                self._parts[name + SCALES] = _Part(
+                    part.parameter + SCALES, shape, strides, part.offset
+                )
+        keep_blocks(self._live, self._blocks)
+        needed = {n for n, part in self._parts.items() if part.parameter not in self._tied}
+        if missing := sorted(needed - names):
+            raise ValueError(f"{checkpoint.folder} has no {', '.join(missing[:4])}")
+        specs = checkpoint.manifest()
+        self.load(self._live, ((t.name, checkpoint.flat(t.name).view(t.shape)) for t in specs))
 
     @property
     def live(self) -> nn.Module:
@@ -86,6 +128,7 @@ class TorchAdapter(EngineAdapter):
         with torch.device("meta"):
             built = transformers.AutoModelForCausalLM.from_config(self.config, dtype=self._dtype)
         twin = cast("nn.Module", built).eval().requires_grad_(False)
+        keep_blocks(twin, self._blocks)
         # from_pretrained keeps some parameters in float32 that from_config does not
         live = self._live.state_dict()
         for name, tensor in twin.state_dict(keep_vars=True).items():
@@ -142,14 +185,13 @@ def _tied_names(model: nn.Module) -> frozenset[str]:
     return frozenset(names - first)
 
 
-def _checkpoint_parts(model: nn.Module) -> dict[str, _Part]:
-    """The part of the model's tensors that each checkpoint tensor fills, by checkpoint name.
+def _checkpoint_parts(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, _Part]:
+    """The part of a state dict's tensors that each checkpoint tensor fills, by checkpoint name.
 
     transformers 5 lays some modules out in another way than checkpoints (the experts of a layer
     in one tensor, other names) and converts when it saves.  That conversion is run on meta tensors,
     whose storages tell where its results come from.  What it computes is not in the answer.
     """
-    tensors = model.state_dict()
     metas = {
         name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
         for name, t in tensors.items()
