@@ -43,6 +43,7 @@ class Forecast:
         slots: Contiguous pieces of slot memory, of all ranks.
         writes: Writes of all ranks to all workers.
         nbytes: Bytes over the wire.
+        gathered_nbytes: Bytes of small tensors that ranks give each other before that.
         rank_nbytes: Bytes that a rank sends.
         rank_writes: Writes that a rank makes.
         slot_nbytes: Slot memory of a rank.
@@ -57,6 +58,7 @@ class Forecast:
     slots: int
     writes: int
     nbytes: int
+    gathered_nbytes: int
     rank_nbytes: Spread
     rank_writes: Spread
     slot_nbytes: Spread
@@ -121,6 +123,7 @@ def forecast(
         slots=int(pieces.sum()),
         writes=int(writes.sum()),
         nbytes=int(sent.sum()),
+        gathered_nbytes=sum(s.nbytes for s in job.shares if s.giver != s.taker),
         rank_nbytes=Spread.of(sent),
         rank_writes=Spread.of(writes),
         slot_nbytes=Spread.of(slot_nbytes),

@@ -5,10 +5,13 @@ Pure and deterministic: each rank computes it by itself and all get the same ans
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 from weightsync.dtypes import itemsize
 from weightsync.errors import ManifestError, PlanError
@@ -30,6 +33,36 @@ class Cell:
     rank: int
     box: int
     storage: Box
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Elements ``window`` of a small tensor that one rank gives to the rank that writes it whole.
+
+    ``box`` is the giver's, which holds them.  Where one rank is both, it copies.  ``nbytes`` are
+    those of the manifest's dtype.
+    """
+
+    tensor: str
+    window: Box
+    giver: int
+    box: int
+    taker: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """Who writes what.
+
+    Attributes:
+        cells: Of each tensor.
+        shares: What ranks give each other first, in an order that is the same on all of them.  The
+            taker then has the whole tensor, as one more box behind those that it holds.
+    """
+
+    cells: dict[str, Cells]
+    shares: list[Share]
 
 
 class Cells:
@@ -58,7 +91,8 @@ def assign(
     wire_nbytes: Mapping[str, int],
     *,
     split_nbytes: int,
-) -> dict[str, Cells]:
+    coalesce_nbytes: int,
+) -> Ownership:
     """Share the tensors of ``wire_nbytes`` out over the ranks that hold them.
 
     Args:
@@ -66,6 +100,8 @@ def assign(
         holdings: ``None``: one rank, which holds every tensor whole.
         wire_nbytes: Bytes that will be written from each tensor, for the balance.
         split_nbytes: What several ranks hold is cut between them into parts of at least this.
+        coalesce_nbytes: Tensors of at most this many bytes are written whole, by one rank that
+            holds some of it; 0: by each rank what it has.
 
     Raises:
         ManifestError: A rank holds a tensor that the manifest does not have.
@@ -73,13 +109,12 @@ def assign(
     """
     if holdings is None:
         whole = {name: Box.whole(manifest.by_name[name].shape) for name in wire_nbytes}
-        return {n: Cells(box.hi, [Cell(box, 0, 0, box)]) for n, box in whole.items()}
+        return Ownership({n: Cells(b.hi, [Cell(b, 0, 0, b)]) for n, b in whole.items()}, [])
     held = _by_tensor(manifest, holdings)
     found: dict[str, Cells] = {}
     patterns: dict[object, _Pattern] = {}
     loads = [0] * len(holdings)
-    shared: list[tuple[int, int, Box, list[_Owner]]] = []
-    taken: dict[int, list[Cell]] = {}
+    claims: list[_Claim] = []
     for order, (name, nbytes) in enumerate(wire_nbytes.items()):
         spec = manifest.by_name[name]
         owners = held.get(name, [])
@@ -88,26 +123,68 @@ def assign(
         pattern = patterns.get(key)
         if pattern is None:
             pattern = patterns[key] = _pattern(spec.shape, _disjoint(owners))
+        stored = spec.numel * itemsize(spec.dtype)
+        if pattern.writers and stored <= coalesce_nbytes:
+            claims.append(_Claim(-nbytes, order, name, pattern.parts, pattern.writers))
+            continue
         found[name] = pattern.own
         for rank, numel in pattern.loads:
             loads[rank] += nbytes * numel // spec.numel
-        if not pattern.shared:
+        for window, several in pattern.parts:
+            if len(several) > 1:
+                cost = nbytes * window.numel // spec.numel
+                most = window.numel * itemsize(spec.dtype) // split_nbytes
+                pieces = _split(window, min(len(several), max(1, most)))
+                ranks = [rank for rank, _, _ in several]
+                each = -(cost // len(pieces))
+                claims += [_Claim(each, order, name, [(p, several)], ranks) for p in pieces]
+    return Ownership(found, _settle(claims, manifest, holdings, loads, found))
+
+
+class _Claim(NamedTuple):
+    """What goes to one of ``ranks``: all ``parts``, each a box and who holds it.
+
+    ``cost`` is negative; ``order`` and the parts' place tell apart what costs the same.
+    """
+
+    cost: int
+    order: int
+    name: str
+    parts: list[tuple[Box, list[_Owner]]]
+    ranks: Sequence[int]
+
+
+def _settle(
+    claims: list[_Claim],
+    manifest: Manifest,
+    holdings: Holdings,
+    loads: list[int],
+    found: dict[str, Cells],
+) -> list[Share]:
+    """Largest first, each claim goes to the rank with the least to do so far: into ``found``."""
+    taken: dict[str, list[Cell]] = {}
+    wholes: dict[tuple[tuple[int, ...], int, int], Cells] = {}
+    shares: list[Share] = []
+    for claim in sorted(claims, key=lambda c: (c.cost, c.order, c.parts[0][0].lo)):
+        name, rank = claim.name, min(claim.ranks, key=lambda rank: (loads[rank], rank))
+        loads[rank] -= claim.cost
+        # the rank itself, or the next one to it
+        givers = [min(owners, key=lambda o: (abs(o[0] - rank), o[0])) for _, owners in claim.parts]
+        if all(giver[0] == rank for giver in givers):
+            cells = taken.setdefault(name, list(found[name].cells) if name in found else [])
+            cells += [Cell(w, *giver) for (w, _), giver in zip(claim.parts, givers, strict=True)]
             continue
-        taken[order] = list(pattern.own.cells)
-        for window, several in pattern.shared:
-            cost = nbytes * window.numel // spec.numel
-            parts = min(len(several), max(1, window.numel * itemsize(spec.dtype) // split_nbytes))
-            pieces = _split(window, parts)
-            shared += [(-(cost // len(pieces)), order, piece, several) for piece in pieces]
-    # Largest first, each to the owner with the least to do so far.
-    for cost, order, window, several in sorted(shared, key=lambda s: (s[0], s[1], s[2].lo)):
-        rank, index, storage = min(several, key=lambda owner: (loads[owner[0]], owner[0]))
-        taken[order].append(Cell(window, rank, index, storage))
-        loads[rank] -= cost
-    names = list(wire_nbytes)
-    for order, cells in taken.items():
-        found[names[order]] = Cells(manifest.by_name[names[order]].shape, cells)
-    return found
+        size = itemsize(manifest.by_name[name].dtype)
+        for (window, _), (giver, box, _) in zip(claim.parts, givers, strict=True):
+            shares.append(Share(name, window, giver, box, rank, window.numel * size))
+        shape, index = manifest.by_name[name].shape, len(holdings[rank].get(name, ()))
+        if (shape, rank, index) not in wholes:
+            whole = Box.whole(shape)
+            wholes[shape, rank, index] = Cells(shape, [Cell(whole, rank, index, whole)])
+        found[name] = wholes[shape, rank, index]
+    for name, cells in taken.items():
+        found[name] = Cells(manifest.by_name[name].shape, cells)
+    return shares
 
 
 def _by_tensor(manifest: Manifest, holdings: Holdings) -> dict[str, list[_Owner]]:
@@ -146,22 +223,28 @@ class _Pattern:
     """How a tensor is held.
 
     Attributes:
+        parts: Disjoint boxes, and who holds each.
         own: What one rank alone holds, as its cells.
         loads: Those cells' ranks and elements.
-        shared: Parts that several ranks hold.
+        writers: Where it is whole, and cut over several ranks: who could write it whole.  Those
+            that hold all of it, if there are any, need nothing from the others.
     """
 
+    parts: list[tuple[Box, list[_Owner]]]
     own: Cells
     loads: list[tuple[int, int]]
-    shared: list[tuple[Box, list[_Owner]]]
+    writers: Sequence[int]
 
 
-def _pattern(shape: tuple[int, ...], disjoint: list[tuple[Box, list[_Owner]]]) -> _Pattern:
-    own = [Cell(window, *owners[0]) for window, owners in disjoint if len(owners) == 1]
+def _pattern(shape: tuple[int, ...], parts: list[tuple[Box, list[_Owner]]]) -> _Pattern:
+    own = [Cell(window, *owners[0]) for window, owners in parts if len(owners) == 1]
+    holders = Counter(rank for _, owners in parts for rank, _, _ in owners)
+    writers: list[int] = []
+    if len(parts) > 1 < len(holders) and sum(w.numel for w, _ in parts) == math.prod(shape):
+        most = max(holders.values())
+        writers = sorted(r for r, n in holders.items() if most < len(parts) or n == most)
     return _Pattern(
-        Cells(shape, own),
-        [(cell.rank, cell.window.numel) for cell in own],
-        [(window, owners) for window, owners in disjoint if len(owners) > 1],
+        parts, Cells(shape, own), [(cell.rank, cell.window.numel) for cell in own], writers
     )
 
 

@@ -19,7 +19,7 @@ from weightsync.errors import ManifestError, PlanError
 from weightsync.geometry import dst_runs
 from weightsync.layout import CopyRecord, WorkerLayout
 from weightsync.manifest import Manifest
-from weightsync.ownership import Cells, Holdings, assign
+from weightsync.ownership import Cells, Holdings, Share, assign
 from weightsync.slots import Fill, Pieces, Round, Slots, Write, fills, round_nbytes
 from weightsync.survey import Runs, address_space, all_runs, pieces_of
 from weightsync.targets import Places, Target, find_targets
@@ -31,6 +31,8 @@ __all__ = [
 #: replicated tensors are shared out in parts of at least this: small enough to balance, large
 #: enough that a part's descriptor costs nothing beside its bytes
 SPLIT_NBYTES = 16 << 20
+#: what a publisher gathers if it is not told otherwise
+COALESCE_NBYTES = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,13 @@ class TransportPlan:
         slot_nbytes: Bytes of slot memory that it needs.
         rounds: What goes through the slot memory, in this order.  From the third round on each
             takes the memory of the last but one.
+        shares: What this rank gives to others, or takes, before the slots are filled.
     """
 
     rank: int
     slot_nbytes: int
     rounds: tuple[Round, ...]
+    shares: tuple[Share, ...] = ()
 
     @property
     def fills(self) -> tuple[Fill, ...]:
@@ -81,6 +85,7 @@ def build_plan(
     rank: int = 0,
     allow_skipped: Sequence[str] = (),
     split_nbytes: int = SPLIT_NBYTES,
+    coalesce_nbytes: int = 0,
     max_slot_nbytes: int | None = None,
 ) -> TransportPlan:
     """Plan one rank's part, and prove the whole.
@@ -94,6 +99,8 @@ def build_plan(
         rank: Whose plan to return.
         allow_skipped: Shell patterns of tensors that the engines may drop.
         split_nbytes: Tensors that several ranks hold are cut between them, not below this size.
+        coalesce_nbytes: Tensors of at most this many bytes that are cut over several ranks are
+            gathered on one of them (:attr:`TransportPlan.shares`); 0: none.
         max_slot_nbytes: Bound of ``slot_nbytes``; what does not fit goes in rounds.
 
     Raises:
@@ -108,6 +115,7 @@ def build_plan(
         ranks=[rank],
         allow_skipped=allow_skipped,
         split_nbytes=split_nbytes,
+        coalesce_nbytes=coalesce_nbytes,
         max_slot_nbytes=max_slot_nbytes,
     )[0]
 
@@ -120,6 +128,7 @@ def build_plans(
     ranks: Sequence[int] | None = None,
     allow_skipped: Sequence[str] = (),
     split_nbytes: int = SPLIT_NBYTES,
+    coalesce_nbytes: int = 0,
     max_slot_nbytes: int | None = None,
 ) -> list[TransportPlan]:
     """The plans of several ranks (default: all), as :func:`build_plan` makes each."""
@@ -131,7 +140,12 @@ def build_plans(
             hint="every rank gathers the holdings of all ranks",
         )
     job = Job.of(
-        manifest, layouts, holdings, allow_skipped=allow_skipped, split_nbytes=split_nbytes
+        manifest,
+        layouts,
+        holdings,
+        allow_skipped=allow_skipped,
+        split_nbytes=split_nbytes,
+        coalesce_nbytes=coalesce_nbytes,
     )
     job.prove()
     return [job.plan(rank, max_slot_nbytes=max_slot_nbytes) for rank in ranks]
@@ -145,11 +159,13 @@ class Job:
         targets: What the workers want, once each.
         places: For every worker, the target of each of its regions.
         cells: Who writes each tensor.
+        shares: What ranks give each other first.
     """
 
     targets: list[Target]
     places: Places
     cells: dict[str, Cells]
+    shares: list[Share]
 
     @classmethod
     def of(
@@ -160,6 +176,7 @@ class Job:
         *,
         allow_skipped: Sequence[str] = (),
         split_nbytes: int = SPLIT_NBYTES,
+        coalesce_nbytes: int = 0,
     ) -> Job:
         """Share the work out; arguments and errors as of :func:`build_plan`.
 
@@ -174,7 +191,10 @@ class Job:
             each = target.itemsize * len(target.workers)
             for record, form in zip(target.records, target.forms, strict=True):
                 wire[record.tensor] = wire.get(record.tensor, 0) + form.numel * each
-        return cls(targets, places, assign(manifest, holdings, wire, split_nbytes=split_nbytes))
+        owned = assign(
+            manifest, holdings, wire, split_nbytes=split_nbytes, coalesce_nbytes=coalesce_nbytes
+        )
+        return cls(targets, places, owned.cells, owned.shares)
 
     @cached_property
     def space(self) -> AddressSpace:
@@ -300,6 +320,7 @@ def _plan_of(rank: int, job: Job, max_slot_nbytes: int | None) -> TransportPlan:
         rank,
         slots.nbytes if len(parts) == 1 else 2 * each_nbytes,
         tuple(Round(some, here) for some, here in zip(made, writes, strict=True)),
+        tuple(share for share in job.shares if rank in {share.giver, share.taker}),
     )
 
 

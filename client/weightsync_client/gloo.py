@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Literal
@@ -21,10 +22,10 @@ _FIRST_NBYTES = 8192
 
 
 class GlooRanks(WiredRanks):
-    """The ranks of a process group, over two gloo groups of their own.
+    """The ranks of a process group, over three gloo groups of their own.
 
-    Reports and answers go by different groups: a wait that runs out closes all connections of its
-    group, and the ranks that are well must still hear why.
+    Reports, answers and exchanges go by different groups: a wait that runs out closes all
+    connections of its group, and the ranks that are well must still hear why.
 
     Args:
         group: The ranks; any backend.
@@ -54,7 +55,7 @@ class GlooRanks(WiredRanks):
             store = _get_default_store()
             # the how many-th Publisher of these ranks it is: keys in a store are used once
             turn = store.add(f"{place}/turns-of-{rank}", 1)
-            for way in ("reports", "answers"):
+            for way in ("reports", "answers", "exchanges"):
                 own = PrefixStore(f"{place}/{turn}/{way}", store)
                 own.set_timeout(timeout)
                 groups.append(dist.ProcessGroupGloo(own, rank, self.world_size, timeout=timeout))
@@ -66,6 +67,7 @@ class GlooRanks(WiredRanks):
             ) from error
         self._reports: dist.ProcessGroup = groups[0]
         self._answers: dist.ProcessGroup = groups[1]
+        self._exchanges: dist.ProcessGroup = groups[2]
 
     def _listen(self) -> None:
         self._answer_wait = _Receive(self._answers, 0)
@@ -83,6 +85,36 @@ class GlooRanks(WiredRanks):
         # Not waited for either: rank 0 may have given up on this meeting, and then it says so.
         self._sent = [_Send(self._reports, 0, frame)]
         return self._answer_wait.finish(deadline)
+
+    def exchange(
+        self,
+        gives: Mapping[int, torch.Tensor],
+        takes: Mapping[int, torch.Tensor],
+        *,
+        timeout_s: float,
+    ) -> None:
+        """See :meth:`Ranks.exchange`."""
+        deadline = time.monotonic() + timeout_s
+        rank = -1
+        try:
+            works: list[tuple[int, Any]] = []
+            for rank, data in takes.items():
+                works.append((rank, self._exchanges.recv([data], rank, 0)))
+            for rank, data in gives.items():
+                works.append((rank, self._exchanges.send([data], rank, 0)))
+            for rank, work in works:  # noqa: B007 - the error names it
+                _wait(work, deadline)
+        except RuntimeError as error:
+            late = time.monotonic() >= deadline
+            what = f"gave and took nothing in {timeout_s:.0f} s" if late else "is gone"
+            gone = RankFailedError(
+                f"rank {rank} of the training job {what}",
+                hint="look at that rank's log" + ("; is it still training?" if late else ""),
+                rank=rank,
+            )
+            # This group is done for, and with it all: the other ranks hear of it in the meeting.
+            self._lost = gone.message
+            raise gone from error
 
     def close(self) -> None:
         """Close the connections, once what was said last has been heard."""

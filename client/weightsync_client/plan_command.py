@@ -25,7 +25,7 @@ from weightsync.families.model import Model
 from weightsync.families.trainer import TrainerGrid, holdings
 from weightsync.forecast import FILL_NBYTES_PER_S, Forecast, Spread, forecast
 from weightsync.layout import WorkerLayout
-from weightsync.plan import Job
+from weightsync.plan import COALESCE_NBYTES, Job
 from weightsync_client.report import human_bytes, human_seconds
 
 #: parts of the model's layers that ``--scaling`` plans
@@ -61,6 +61,7 @@ class Outcome:
             "slots": figures.slots,
             "writes": figures.writes,
             "bytes_total": figures.nbytes,
+            "gathered_bytes": figures.gathered_nbytes,
             "balance": figures.rank_nbytes.balance,
             "handles_per_rank": int(figures.handles.max),
             "slot_bytes_per_rank": int(figures.slot_nbytes.max),
@@ -99,6 +100,7 @@ def plan_job(
     nic_gbps: float = 400.0,
     fill_gbytes_per_s: float = FILL_NBYTES_PER_S / 1e9,
     max_slot_nbytes: int | None = None,
+    coalesce_nbytes: int = COALESCE_NBYTES,
 ) -> Outcome:
     """Plan one rank, prove the job, and add it all up.
 
@@ -108,7 +110,7 @@ def plan_job(
     begin, cpu = time.perf_counter(), time.process_time()
     model = declare(config, wire_dtype=wire_dtype)
     layouts = inference.layouts(model)
-    job = Job.of(model.manifest, layouts, holdings(model, trainer))
+    job = Job.of(model.manifest, layouts, holdings(model, trainer), coalesce_nbytes=coalesce_nbytes)
     job.plan(0, max_slot_nbytes=max_slot_nbytes)
     planned, cpu = time.perf_counter(), time.process_time() - cpu
     job.prove()
@@ -157,6 +159,9 @@ def plan(
         int | None,
         typer.Option(min=1, help="Bound of a rank's slot memory: the rest goes in rounds."),
     ] = None,
+    coalesce_bytes: Annotated[
+        int, typer.Option(min=0, help="Smaller tensors are gathered on one rank; 0: none.")
+    ] = COALESCE_NBYTES,
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Show how planning time grows with the model.")
     ] = False,
@@ -192,6 +197,7 @@ def plan(
                         nic_gbps=nic_gbps,
                         fill_gbytes_per_s=fill_gbytes_per_s,
                         max_slot_nbytes=max_slot_bytes,
+                        coalesce_nbytes=coalesce_bytes,
                     )
                 )
     except WeightSyncError as error:
@@ -248,6 +254,7 @@ def _summary(outcome: Outcome, nic_gbps: float) -> Table:
         ("slots", f"{figures.slots:,}", "contiguous pieces, shared by all engines"),
         ("writes", f"{figures.writes:,}", f"mean {human_bytes(figures.nbytes / figures.writes)}"),
         ("bytes", human_bytes(figures.nbytes), "over the wire"),
+        ("gathered", human_bytes(figures.gathered_nbytes), "of small tensors, between the ranks"),
         ("rounds", _count(figures.rounds), "through the slots, of the rank with the most"),
         ("fill", human_seconds(figures.fill_s), "while the engines serve"),
         ("wire", human_seconds(figures.wire_s), f"the pause, at {nic_gbps:g} Gb/s a NIC"),

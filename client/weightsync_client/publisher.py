@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from weightsync.errors import InputError, NoSessionError, PushInProgressError, StaleEpochError
+from weightsync.plan import COALESCE_NBYTES
 from weightsync.protocol import PauseMode
 from weightsync.transport.base import Transport
 from weightsync_client.control import Fleet
@@ -53,6 +54,9 @@ class Publisher:
             the model.  Where they do not fit they go in rounds, one half of the memory being
             filled while the other is on the wire: a push then packs everything twice, and from
             the third round on an engine waits for the slower of packing and wire.
+        coalesce_bytes: A tensor of at most so many bytes that is cut over several ranks is gathered
+            on one of them, in one exchange before the fill, and written once; 0: every rank writes
+            what it has.
         quantization: What to publish as fp8, for engines that serve such a checkpoint.
         verify: True, or the TLS context to check ``https`` agents with.
         group: The ranks that push together: the default process group if there is one, another
@@ -75,6 +79,7 @@ class Publisher:
         progress: ProgressKind | Progress = "auto",
         ignore: Sequence[str] = (),
         max_slot_bytes: int | None = None,
+        coalesce_bytes: int = COALESCE_NBYTES,
         quantization: QuantizationSpec | None = None,
         verify: ssl.SSLContext | bool = True,
         group: dist.ProcessGroup | Literal["default"] | None = "default",
@@ -88,6 +93,8 @@ class Publisher:
                 f"max_slot_bytes is {max_slot_bytes}",
                 hint=f"slots are whole pages: {ALIGN_NBYTES} or more, or None: no bound",
             )
+        if coalesce_bytes < 0:
+            raise InputError(f"coalesce_bytes is {coalesce_bytes}", hint="0 or more; 0: never")
         deadlines = Deadlines() if deadlines is None else deadlines
         fleet = Fleet(
             agents,
@@ -103,6 +110,7 @@ class Publisher:
             deadlines=deadlines,
             ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
             max_slot_nbytes=max_slot_bytes,
+            coalesce_nbytes=coalesce_bytes,
             progress=make_progress(progress if ranks.rank == 0 else "off"),
         )
         self._quantization = quantization

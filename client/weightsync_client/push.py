@@ -19,6 +19,7 @@ from weightsync_client.rendezvous import Pushed, open_session
 from weightsync_client.report import PHASES, PushReport
 from weightsync_client.session import Session
 from weightsync_client.settings import Deadlines
+from weightsync_client.source import WeightSource
 from weightsync_client.transaction import Transaction, check_held, describe
 
 T = TypeVar("T")
@@ -38,6 +39,7 @@ class PushSettings:
     deadlines: Deadlines
     ignore: tuple[str, ...]
     max_slot_nbytes: int | None
+    coalesce_nbytes: int
     progress: Progress
 
 
@@ -113,6 +115,7 @@ class Push:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._paused_at = 0.0
         self._filled_at = 0.0
+        self._filled_from: WeightSource
         self._transaction: Transaction | None = None
         self._undone = False
         self.wrote_nothing = True
@@ -143,18 +146,27 @@ class Push:
                     deadlines=deadlines,
                     ignore=settings.ignore,
                     max_slot_nbytes=settings.max_slot_nbytes,
+                    coalesce_nbytes=settings.coalesce_nbytes,
                     undo=self._undo,
                 )
             session = held.session
             if session is None:
                 raise NoSessionError("the session ended", hint="push again")
             self._enter("fill")
+            exchange_s = 0.0
+            if (gather := session.gather) is not None:
+                # A meeting of its own: no rank takes part in an exchange that another has left.
+                exchange_s = deadlines.for_bytes(deadlines.write_s, gather.nbytes)
+                self._meet(
+                    "gather", lambda: gather.pack(self._pushed.source), lambda _: None,
+                    kind=None, result=None, work_s=exchange_s, decide_s=0.0,
+                )  # fmt: skip
             self._meet(
                 "fill",
-                lambda: self._fill(session),
+                lambda: self._fill(session, exchange_s),
                 lambda digests: self._pause_and_begin(session, digests),
                 kind=list[list[str]], result=None,
-                work_s=deadlines.for_bytes(deadlines.write_s, session.nbytes),
+                work_s=exchange_s + deadlines.for_bytes(deadlines.write_s, session.nbytes),
                 decide_s=deadlines.pause_s + deadlines.begin_s + 2 * deadlines.grace_s,
             )  # fmt: skip
             held.last_version = self._version
@@ -232,8 +244,12 @@ class Push:
         transaction.begin()
         self._enter("write")
 
-    def _fill(self, session: Session) -> list[list[str]]:
-        digests = session.fill(self._pushed.source, check_finite=self._settings.check_finite)
+    def _fill(self, session: Session, exchange_s: float) -> list[list[str]]:
+        source = self._pushed.source
+        if session.gather is not None:
+            source = session.gather.exchange(self._held.ranks, source, timeout_s=exchange_s)
+        self._filled_from = source
+        digests = session.fill(source, check_finite=self._settings.check_finite)
         self._filled_at = time.monotonic()
         return digests
 
@@ -248,7 +264,7 @@ class Push:
                 heard_at=self._filled_at,
                 fresh_s=_FOLLOWER_FRESH_S,
             )
-        session.write(self._version, self._pushed.source, timeout_s=timeout_s)
+        session.write(self._version, self._filled_from, timeout_s=timeout_s)
 
     def _commit_and_resume(self, session: Session, commit_s: float) -> PushReport:
         transaction = self._transaction

@@ -11,13 +11,16 @@ from __future__ import annotations
 import abc
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from weightsync.errors import RankFailedError, WeightSyncError, from_problem
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -91,6 +94,27 @@ class Ranks(abc.ABC):
         """
 
     @abc.abstractmethod
+    def exchange(
+        self,
+        gives: Mapping[int, torch.Tensor],
+        takes: Mapping[int, torch.Tensor],
+        *,
+        timeout_s: float,
+    ) -> None:
+        """Give bytes to other ranks and take theirs, in the work of a meeting of all ranks.
+
+        Every rank calls this, right after a meeting in which none failed: they come together.
+
+        Args:
+            gives: For each rank that gets something its bytes: flat, uint8, in host memory.
+            takes: For each rank that gives something where its bytes go; both ends know how many.
+            timeout_s: For all of it.
+
+        Raises:
+            RankFailedError: A rank is gone or late.  Every later meeting fails at once.
+        """
+
+    @abc.abstractmethod
     def close(self) -> None:
         """Leave.  Safe to call twice."""
 
@@ -119,6 +143,15 @@ class SoloRanks(Ranks):
         except BaseException as error:
             undo(error)
             raise
+
+    def exchange(
+        self,
+        gives: Mapping[int, torch.Tensor],
+        takes: Mapping[int, torch.Tensor],
+        *,
+        timeout_s: float,
+    ) -> None:
+        """Nothing: there is nobody else."""
 
     def close(self) -> None:
         """Nothing."""
@@ -206,12 +239,15 @@ class WiredRanks(Ranks):
                 frame = self._decode(raw, rank, phase)
                 if frame.problem is not None:
                     errors.append(_of_rank(rank, from_problem(frame.problem)))
+                    if frame.lost:
+                        self._lost = str(frame.problem.get("detail", "a rank is gone"))
                 else:
                     parts.append(_decode(frame.body, kind))
         except WeightSyncError as error:
             # A rank is gone or out of step: whatever else went wrong, this group is done for.
             self._lost = error.message
-            errors.append(error)
+            # Who is not here is the cause of what an exchange with it came to.
+            errors.insert(0 if isinstance(failed, RankFailedError) else len(errors), error)
         if not errors:
             try:
                 decision = decide(parts)

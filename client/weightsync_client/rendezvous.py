@@ -27,6 +27,7 @@ from weightsync.protocol import (
 from weightsync.transport.base import Transport
 from weightsync_client.control import Agent, Fleet
 from weightsync_client.declaration import Declaration, Introduction, introduce, join
+from weightsync_client.gather import Gather
 from weightsync_client.quantization import QuantizationSpec
 from weightsync_client.quantized import QuantizedSource
 from weightsync_client.ranks import Ranks
@@ -80,12 +81,16 @@ class _Answer:
 
 @dataclass(frozen=True)
 class _Terms:
-    """What every rank plans from; ``boxes[rank]`` are in the order of ``tensors``."""
+    """What every rank plans from; ``boxes[rank]`` are in the order of ``tensors``.
+
+    ``coalesce_nbytes`` is rank 0's: plans that differ would not fit together.
+    """
 
     session: str
     tensors: tuple[TensorSpec, ...]
     boxes: list[list[tuple[Box, ...]]]
     agents: list[_Answer]
+    coalesce_nbytes: int
 
 
 def open_session(
@@ -97,6 +102,7 @@ def open_session(
     deadlines: Deadlines,
     ignore: Sequence[str],
     max_slot_nbytes: int | None,
+    coalesce_nbytes: int,
     undo: Callable[[BaseException], None],
 ) -> Session:
     """Make a rendezvous of all ranks with every agent; the engines go on serving.
@@ -108,7 +114,8 @@ def open_session(
         make_transport: Makes one with a name of its own.
         deadlines: Of the two rounds.
         ignore: Patterns of tensors that an engine may have no use for.
-        max_slot_nbytes: Bound of every rank's slot memory.
+        max_slot_nbytes: Bound of this rank's slot memory.
+        coalesce_nbytes: Tensors up to this that are cut over ranks are gathered; rank 0's counts.
         undo: See :meth:`weightsync_client.ranks.Ranks.meet`.
 
     Raises:
@@ -147,7 +154,7 @@ def open_session(
     terms = ranks.meet(
         "declare",
         lambda: introduce(pushed.declaration, pushed.given, alone=ranks.world_size == 1),
-        lambda introduced: _init(fleet, introduced, timeout_s),
+        lambda introduced: _init(fleet, introduced, coalesce_nbytes, timeout_s),
         kind=Introduction,
         result=_Terms,
         work_s=timeout_s,
@@ -171,7 +178,9 @@ def open_session(
     return session
 
 
-def _init(fleet: Fleet, introduced: Sequence[Introduction], timeout_s: float) -> _Terms:
+def _init(
+    fleet: Fleet, introduced: Sequence[Introduction], coalesce_nbytes: int, timeout_s: float
+) -> _Terms:
     """The first round, on rank 0: the whole manifest to every agent."""
     manifest = join(introduced)
     session_id = f"s-{uuid.uuid4().hex}"
@@ -194,7 +203,7 @@ def _init(fleet: Fleet, introduced: Sequence[Introduction], timeout_s: float) ->
     for one in introduced:
         held = one.declaration.holdings
         boxes.append([tuple(held.get(t.name, ())) for t in manifest])
-    return _Terms(session_id, manifest.tensors, boxes, answers)
+    return _Terms(session_id, manifest.tensors, boxes, answers, coalesce_nbytes)
 
 
 def _plan(
@@ -220,10 +229,13 @@ def _plan(
             for held in terms.boxes
         ],
         allow_skipped=ignore,
+        coalesce_nbytes=terms.coalesce_nbytes,
     )
     if rank == 0:  # for all: it is the same job everywhere, and an error here is raised everywhere
         job.prove()
     plan = job.plan(rank, max_slot_nbytes=max_slot_nbytes)
+    device = _device(pushed.given)
+    gather = Gather(plan.shares, rank=rank, manifest=manifest, device=device)
     return Session(
         terms.session,
         epochs=[answer.epoch for answer in terms.agents],
@@ -231,7 +243,8 @@ def _plan(
         manifest=manifest,
         workers=[Worker(*one) for one in found],
         plan=plan,
-        device=_device(pushed.given),
+        gather=gather if job.shares else None,
+        device=device,
         make_transport=make_transport,
     )
 

@@ -20,6 +20,7 @@ from weightsync.manifest import Manifest
 from weightsync.plan import TransportPlan
 from weightsync.transport.base import PreparedWrite, Side, Transport, WriteOp
 from weightsync_client.declaration import Declaration
+from weightsync_client.gather import Gather
 from weightsync_client.slots import Slots, refuse_non_finite
 from weightsync_client.source import WeightSource
 
@@ -72,6 +73,7 @@ class Session:
         nbytes: Bytes of one push from this rank, over all workers.
         rounds: In which they go through this rank's slots.
         job: The same of all ranks together.
+        gather: What ranks give each other before they fill; None on all ranks: nothing.
     """
 
     def __init__(
@@ -83,12 +85,14 @@ class Session:
         manifest: Manifest,
         workers: Sequence[Worker],
         plan: TransportPlan,
+        gather: Gather | None,
         device: torch.device,
         make_transport: Callable[[], Transport],
     ) -> None:
         self.id = session_id
         self.epochs = tuple(epochs)
         self.declaration = declaration
+        self.gather = gather
         self.nbytes = plan.nbytes
         self.rounds = len(plan.rounds)
         self.job = JobSize(self.nbytes, self.rounds)

@@ -19,7 +19,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from weightsync_client import Deadlines, Publisher
+from weightsync_client import Deadlines, LocalShard, Publisher
+from weightsync_client.gloo import GlooRanks
 from weightsync_client.source import Weights
 
 DEADLINES = Deadlines(
@@ -192,6 +193,43 @@ def push_with(url: str, fault: str, culprit: int) -> list[Any]:
                     os.kill(os.getpid(), signal.SIGKILL)
                 elif fault == "stop":
                     os.kill(os.getpid(), signal.SIGSTOP)
+            started = time.monotonic()
+            try:
+                told.append(publisher.push(weights).version)
+            except Exception as error:
+                told.append((type(error).__name__, str(error), time.monotonic() - started))
+    return told
+
+
+def _break_exchange(fault: str) -> None:
+    exchange = GlooRanks.exchange
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        if fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif fault == "late":
+            time.sleep(2 * DEADLINES.write_s)
+        elif fault == "leave":
+            raise OSError("no more sockets")
+        exchange(*args, **kwargs)
+
+    GlooRanks.exchange = broken  # type: ignore[method-assign]
+
+
+def push_cut(url: str, fault: str, culprit: int) -> list[Any]:
+    """Small vectors cut over the ranks: a good push, and two from when something goes wrong."""
+    told: list[Any] = []
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    with Publisher([url], progress="off", deadlines=DEADLINES) as publisher:
+        for turn in range(3):
+            whole = {f"n{k}": torch.arange(12.0) + 100 * k + turn for k in range(8)}
+            each = 12 // ranks
+            weights = {
+                name: LocalShard(t[each * rank : each * (rank + 1)], (12,), (each * rank,))
+                for name, t in whole.items()
+            }
+            if turn == 1 and rank == culprit:
+                _break_exchange(fault)
             started = time.monotonic()
             try:
                 told.append(publisher.push(weights).version)

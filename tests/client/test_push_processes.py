@@ -126,6 +126,52 @@ def test_a_killed_rank_ends_the_push_of_all_others_at_once(
     assert nixl_agent.state.phase == "ready"
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_small_shards_are_exchanged_by_the_ranks_and_written_once(
+    ranks: int, nixl_agent: Agent, pool_of: Callable[[int], Pool]
+) -> None:
+    results = pool_of(ranks).run(scenarios.push_cut, nixl_agent.url, "none", 0)
+    assert results == [[1, 2, 3]] * ranks
+    for worker in nixl_agent.workers:
+        assert sorted(map(len, worker.writes.values())) == [8 // ranks] * ranks
+        for k in range(8):
+            landed = worker.tensor(f"n{k}", torch.float32, (12,))
+            assert torch.equal(landed, torch.arange(12.0) + 100 * k + 2)
+
+
+def test_a_rank_that_is_killed_in_the_exchange_ends_the_push_of_all_others_at_once(
+    nixl_agent: Agent, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with Pool(3, tmp_path_factory.mktemp("exchange")) as pool:
+        results = pool.run(scenarios.push_cut, nixl_agent.url, "kill", 1)
+        for survivor in (results[0], results[2]):
+            good, (name, text, seconds), (later, later_text, later_s) = survivor
+            assert good == 1
+            assert name == later == "RankFailedError"
+            assert "rank 1 of the training job is gone" in text
+            assert seconds < scenarios.DEADLINES.ranks_s
+            assert "in an earlier push" in later_text
+            assert later_s < 1
+    assert nixl_agent.generating
+    assert nixl_agent.state.phase == "ready"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["late", "leave"])
+def test_a_rank_that_misses_the_exchange_fails_it_for_all_within_the_bound(
+    fault: str, nixl_agent: Agent, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with Pool(3, tmp_path_factory.mktemp(fault)) as pool:
+        results = pool.run(scenarios.push_cut, nixl_agent.url, fault, 1)
+        for good, (name, _, seconds), (later, _, later_s) in results:
+            assert good == 1
+            assert name == later == "RankFailedError"
+            assert seconds < 2 * scenarios.DEADLINES.write_s + scenarios.DEADLINES.ranks_s
+            assert later_s < 1
+    assert nixl_agent.generating
+    assert nixl_agent.state.phase == "ready"
+
+
 @pytest.mark.slow
 def test_a_stopped_rank_is_named_to_all_others_within_the_bound(
     nixl_agent: Agent, tmp_path_factory: pytest.TempPathFactory

@@ -241,10 +241,14 @@ def test_one_rank_with_a_new_shape_makes_all_rendezvous_again(
     assert arrived(agent, {"extra": before[1]["extra"]})
 
 
-def test_non_finite_weights_on_one_rank_are_refused_on_all(agent: Agent, make_job, weights) -> None:
+@pytest.mark.parametrize(("coalesce_bytes", "culprit"), [(0, 2), (1 << 20, 0)])
+def test_non_finite_weights_on_one_rank_are_refused_on_all(
+    coalesce_bytes: int, culprit: int, agent: Agent, make_job, weights
+) -> None:
+    """The error comes from the rank that would send them: the one that gathered, say."""
     weights["a"][-1, 0] = float("nan")
-    job = make_job(agent, ranks=3)
-    error = same_error(job.push(sharded(weights, 3)), NonFiniteError, 2)
+    job = make_job(agent, ranks=3, coalesce_bytes=coalesce_bytes)
+    error = same_error(job.push(sharded(weights, 3)), NonFiniteError, culprit)
     assert [t["tensor"] for t in error.context["tensors"]] == ["a"]
     assert error.context["phase"] == "fill"
     assert "/pause" not in agent.calls

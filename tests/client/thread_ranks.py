@@ -5,8 +5,11 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
 
 from weightsync.errors import RankFailedError
 from weightsync_client.ranks import WiredRanks
@@ -16,6 +19,7 @@ class Wire:
     def __init__(self, world_size: int) -> None:
         self.reports = [queue.Queue[bytes]() for _ in range(world_size)]
         self.answers = [queue.Queue[bytes]() for _ in range(world_size)]
+        self.given: dict[tuple[int, int], queue.Queue[bytes]] = defaultdict(queue.Queue)
 
 
 class ThreadRanks(WiredRanks):
@@ -33,6 +37,21 @@ class ThreadRanks(WiredRanks):
     def _report(self, frame: bytes, deadline: float) -> bytes:
         self.wire.reports[self.rank].put(frame)
         return _get(self.wire.answers[self.rank], 0, deadline)
+
+    def exchange(
+        self,
+        gives: Mapping[int, torch.Tensor],
+        takes: Mapping[int, torch.Tensor],
+        *,
+        timeout_s: float,
+    ) -> None:
+        deadline = time.monotonic() + timeout_s
+        for rank, data in gives.items():
+            self.wire.given[self.rank, rank].put(data.numpy().tobytes())
+        for rank, data in takes.items():
+            raw = _get(self.wire.given[rank, self.rank], rank, deadline)
+            assert len(raw) == data.numel()
+            data.copy_(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
 
     def close(self) -> None:
         pass

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ class World:
     holdings: Holdings | None
     split_nbytes: int = 8
     max_slot_nbytes: int | None = None
+    coalesce_nbytes: int = 0
 
     @property
     def manifest(self) -> Manifest:
@@ -43,8 +45,49 @@ class World:
             self.holdings,
             split_nbytes=self.split_nbytes,
             max_slot_nbytes=self.max_slot_nbytes,
+            coalesce_nbytes=self.coalesce_nbytes,
             allow_skipped=["*"],
         )
+
+    def shard(self, rank: int, tensor: str, box: int) -> torch.Tensor:
+        """A rank's own values, contiguous."""
+        if self.holdings is None:
+            return self.checkpoint[tensor]
+        return cut(self.checkpoint[tensor], self.holdings[rank][tensor][box])
+
+
+def cut(values: torch.Tensor, box: Box) -> torch.Tensor:
+    return values[slices(box)].clone(memory_format=torch.contiguous_format)
+
+
+def slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(a, b) for a, b in zip(box.lo, box.hi, strict=True))
+
+
+def exchange(world: World, plans: Sequence[TransportPlan]) -> dict[tuple[int, str], torch.Tensor]:
+    """What ranks have of others once every share is given: whole tensors, by rank and name."""
+    whole: dict[tuple[int, str], torch.Tensor] = {}
+    count: dict[tuple[int, str], torch.Tensor] = {}
+    pairs = {(s.giver, s.taker) for plan in plans for s in plan.shares}
+    for giver, taker in pairs:
+        given = [s for s in plans[giver].shares if s.taker == taker and s.giver == giver]
+        assert given == [s for s in plans[taker].shares if s.giver == giver and s.taker == taker]
+        for share in given:
+            tensor = world.checkpoint[share.tensor]
+            assert tensor.nbytes <= world.coalesce_nbytes
+            key = (taker, share.tensor)
+            here = whole.setdefault(key, torch.full_like(tensor, 77))
+            times = count.setdefault(key, torch.zeros(tensor.shape))
+            index = tuple(
+                slice(a, b) for a, b in zip(share.window.lo, share.window.hi, strict=True)
+            )
+            held = world.holdings[giver][share.tensor][share.box]
+            assert held.contains(share.window)
+            here[index] = tensor[index]
+            times[index] += 1
+            assert share.nbytes == tensor[index].nbytes
+    assert all((times == 1).all() for times in count.values())
+    return whole
 
 
 def fresh(nbytes: int) -> torch.Tensor:
@@ -68,13 +111,14 @@ def load(world: World, layout: WorkerLayout) -> list[torch.Tensor]:
     return memory
 
 
-def fill_slots(world: World, rank: int, part: Round, slot: torch.Tensor) -> None:
+def fill_slots(
+    world: World, rank: int, part: Round, slot: torch.Tensor, whole: dict[Any, torch.Tensor]
+) -> None:
     for fill in part.fills:
-        shard = world.checkpoint[fill.tensor]
-        if world.holdings is not None:
-            box = world.holdings[rank][fill.tensor][fill.box]
-            index = tuple(slice(a, b) for a, b in zip(box.lo, box.hi, strict=True))
-            shard = shard[index].clone(memory_format=torch.contiguous_format)
+        if world.holdings is not None and fill.box == len(world.holdings[rank][fill.tensor]):
+            shard = whole[rank, fill.tensor]
+        else:
+            shard = world.shard(rank, fill.tensor, fill.box)
         itemsize = getattr(torch, fill.dtype).itemsize
         assert fill.slot_offset % itemsize == 0
         target = strided(
@@ -87,6 +131,7 @@ def push(world: World, plans: Sequence[TransportPlan]) -> None:
     """Fill, write, count; every worker's memory is then compared with what a load makes."""
     memory = [[fresh(r.nbytes) for r in layout.regions] for layout in world.layouts]
     count = [[torch.zeros_like(m) for m in regions] for regions in memory]
+    whole = exchange(world, plans)
     for plan in plans:
         if world.max_slot_nbytes is not None:
             assert plan.slot_nbytes <= world.max_slot_nbytes
@@ -95,9 +140,9 @@ def push(world: World, plans: Sequence[TransportPlan]) -> None:
             itertools.zip_longest(plan.rounds, plan.rounds[1:], fillvalue=None)
         ):
             if k == 0:
-                fill_slots(world, plan.rank, this, slot)
+                fill_slots(world, plan.rank, this, slot, whole)
             if after is not None:  # the next round is filled while this one is on the wire
-                fill_slots(world, plan.rank, after, slot)
+                fill_slots(world, plan.rank, after, slot, whole)
             for w, writes in enumerate(this.writes):
                 for write in writes:
                     assert write.slot_offset % 64 == 0
@@ -230,7 +275,7 @@ def shards(draw: st.DrawFn, shape: Sequence[int], world_size: int) -> list[list[
         return [[whole] if r in owners else [] for r in everyone]
     dim = draw(st.integers(0, len(shape) - 1))
 
-    def cut(box: Box, dim: int, parts: int) -> list[Box]:
+    def cuts(box: Box, dim: int, parts: int) -> list[Box]:
         marks = sorted(draw(st.integers(box.lo[dim], box.hi[dim])) for _ in range(parts - 1))
         ends = [box.lo[dim], *marks, box.hi[dim]]
         return [
@@ -239,13 +284,13 @@ def shards(draw: st.DrawFn, shape: Sequence[int], world_size: int) -> list[list[
         ]
 
     if kind == "sharded":
-        return [[box] for box in cut(whole, dim, world_size)]
+        return [[box] for box in cuts(whole, dim, world_size)]
     if kind == "hybrid":
-        pieces = cut(whole, dim, max(1, world_size // 2))
+        pieces = cuts(whole, dim, max(1, world_size // 2))
         return [[pieces[r % len(pieces)]] for r in everyone]
     if kind == "grid":
         other = draw(st.integers(0, len(shape) - 1))
-        pieces = [b for a in cut(whole, dim, 2) for b in cut(a, other, 2)]
+        pieces = [b for a in cuts(whole, dim, 2) for b in cuts(a, other, 2)]
         return [pieces[r::world_size] for r in everyone]
     # Boxes of any place and overlap; some rank holds all, in two parts.
     held: list[list[Box]] = [[] for _ in everyone]
@@ -254,7 +299,7 @@ def shards(draw: st.DrawFn, shape: Sequence[int], world_size: int) -> list[list[
         held[r].append(
             Box(tuple(lo), tuple(draw(st.integers(a, n)) for a, n in zip(lo, shape, strict=True)))
         )
-    held[draw(st.sampled_from(everyone))] += cut(whole, dim, 2)
+    held[draw(st.sampled_from(everyone))] += cuts(whole, dim, 2)
     return held
 
 
@@ -287,7 +332,14 @@ def worlds(draw: st.DrawFn) -> World:
     for name, tensor in checkpoint.items():
         for rank, boxes in enumerate(draw(shards(tuple(tensor.shape), world_size))):
             held[rank][name] = boxes
-    return World(checkpoint, layouts, held, draw(st.sampled_from([1, 16, 1 << 20])), bound)
+    return World(
+        checkpoint,
+        layouts,
+        held,
+        draw(st.sampled_from([1, 16, 1 << 20])),
+        bound,
+        draw(st.sampled_from([0, 64, 256, 1 << 20])),
+    )
 
 
 @moderate
@@ -304,6 +356,7 @@ def test_a_plan_moves_the_bytes_that_a_load_makes(world: World) -> None:
             rank=plan.rank,
             split_nbytes=world.split_nbytes,
             max_slot_nbytes=world.max_slot_nbytes,
+            coalesce_nbytes=world.coalesce_nbytes,
             allow_skipped=["*"],
         )
         for plan in plans

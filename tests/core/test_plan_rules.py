@@ -137,6 +137,76 @@ def test_a_rank_that_holds_less_elsewhere_takes_the_shared_bytes() -> None:
     assert [plan.declared(0) for plan in plans] == [[(1, 0, 128)], [(0, 0, 128)]]
 
 
+def norms(n: int, ranks: int) -> tuple[Manifest, WorkerLayout, list[dict[str, list[Box]]]]:
+    """``n`` vectors of 64 elements, and a large tensor, cut evenly over the ranks."""
+    manifest = Manifest.of([*(spec(f"n{k}", 64) for k in range(n)), spec("w", 64, 64)])
+    layout = WorkerLayout(
+        WorkerPlace(),
+        (*(region(f"n{k}", 64) for k in range(n)), region("w", 64, 64)),
+        (*(rows(f"n{k}", k, 64) for k in range(n)), rows("w", n, 4096)),
+    )
+    each = 64 // ranks
+    holdings = [
+        {t.name: [Box((each * r, 0)[: len(t.shape)], (each * r + each, 64)[: len(t.shape)])]
+         for t in manifest}
+        for r in range(ranks)
+    ]  # fmt: skip
+    return manifest, layout, holdings
+
+
+def test_small_tensors_are_gathered_and_written_once_by_ranks_in_turn() -> None:
+    manifest, layout, holdings = norms(8, 4)
+    cut = build_plans(manifest, [layout], holdings)
+    plans = build_plans(manifest, [layout], holdings, coalesce_nbytes=128)
+    assert [len(plan.writes[0]) for plan in cut] == [9] * 4
+    assert [len(plan.writes[0]) for plan in plans] == [3] * 4
+    assert len({plan.nbytes for plan in plans}) == 1
+    for rank, plan in enumerate(plans):
+        taken = {s.tensor for s in plan.shares if s.taker == rank}
+        assert len(taken) == 2
+        # its own quarter, and three that come from the others
+        assert sum(s.nbytes for s in plan.shares if s.taker == rank != s.giver) == 2 * 96
+        assert {fill.tensor for fill in plan.fills} == {*taken, "w"}
+    assert not any(share.tensor == "w" for plan in plans for share in plan.shares)
+
+
+def test_a_tensor_just_above_the_threshold_is_not_gathered() -> None:
+    manifest, layout, holdings = norms(8, 4)
+    plans = build_plans(manifest, [layout], holdings, coalesce_nbytes=127)
+    assert not any(plan.shares for plan in plans)
+
+
+def test_who_holds_all_of_a_small_tensor_writes_it_without_an_exchange() -> None:
+    manifest, layout, holdings = norms(8, 4)
+    first, second = Box((0,), (32,)), Box((32,), (64,))
+    for k in range(8):
+        holdings[3][f"n{k}"] = [second, first]
+    plans = build_plans(manifest, [layout], holdings, coalesce_nbytes=1 << 20)
+    small = [s.tensor for plan in plans for s in plan.shares if s.tensor != "w"]
+    assert small == []
+    written = {name for plan in plans for name in {f.tensor for f in plan.fills} - {"w"}}
+    assert written == {f.tensor for f in plans[3].fills} - {"w"}
+
+
+def test_gathered_tensors_go_to_the_ranks_that_write_least() -> None:
+    manifest, layout, holdings = norms(8, 4)
+    manifest = Manifest.of([*manifest, spec("own", 512)])
+    layout = dataclasses.replace(
+        plus(layout, rows("own", 9, 512)), regions=(*layout.regions, region("own", 512))
+    )
+    holdings[2]["own"] = [Box.whole((512,))]
+    plans = build_plans(manifest, [layout], holdings, coalesce_nbytes=128)
+    takers = {s.taker for plan in plans for s in plan.shares}
+    assert takers == {0, 1, 3}
+
+
+def test_small_tensors_that_are_not_whole_are_refused_as_without_a_threshold() -> None:
+    manifest, layout, holdings = norms(8, 4)
+    holdings[1]["n3"] = []
+    with pytest.raises(PlanError, match="'n3', of which the ranks hold 48 elements"):
+        build_plans(manifest, [layout], holdings, coalesce_nbytes=128)
+
+
 # ------------------------------------------------------------------ what the proof refuses
 
 
