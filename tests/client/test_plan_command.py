@@ -82,6 +82,16 @@ def test_a_bound_of_the_slot_memory_is_held_in_rounds(config: Path) -> None:
     assert "raise max_slot_bytes to" in err
 
 
+def test_small_tensors_are_gathered_and_cost_fewer_writes(config: Path) -> None:
+    options = ("--trainer", "fsdp=4", "--inference", "tp=2", "--json")
+    gathered, cut = (
+        json.loads(run(config, *options, *more)[1]) for more in ((), ("--coalesce-bytes", "0"))
+    )
+    assert gathered["writes"] < cut["writes"] / 2
+    assert gathered["gathered_bytes"] > cut["gathered_bytes"] == 0
+    assert gathered["bytes_total"] == cut["bytes_total"]
+
+
 def test_without_json_a_person_reads_tables(config: Path) -> None:
     options = ("--trainer", "fsdp=4", "--inference", "tp=2", "--scaling")
     code, out, err = run(config, *options)
