@@ -27,6 +27,7 @@ PURE = [
     "protocol",
     "codec",
     "worker_messages",
+    "topology",
     "transport.base",
     "state",
 ]
