@@ -79,9 +79,10 @@ def demo(
     expert_parallel: Annotated[
         bool, typer.Option("--expert-parallel", help="Workers share out the experts.")
     ] = False,
-    replicas: Annotated[
-        int, typer.Option(min=1, max=64, help="Engines, each with an agent of its own.")
-    ] = 1,
+    replicas: Annotated[int, typer.Option(min=1, max=64, help="Engines that are pushed to.")] = 1,
+    one_agent: Annotated[
+        bool, typer.Option("--one-agent", help="All engines behind one agent.  [default: one each]")
+    ] = False,
     trainer_ranks: Annotated[
         int, typer.Option(min=1, max=64, help="Trainer processes; FSDP2 shards the weights.")
     ] = 1,
@@ -123,6 +124,7 @@ def demo(
         dp=dp,
         expert_parallel=expert_parallel,
         replicas=replicas,
+        one_agent=one_agent,
         trainer_ranks=trainer_ranks,
         quantization=quantization.value,
         workdir=workdir,

@@ -86,12 +86,13 @@ def test_defaults_are_vllm_packed_and_three_pushes(ended):
 def test_options_reach_the_demo(ended, tmp_path):
     arguments = ["--engine", "vllm", "--plain", "--tp", "2", "--pushes", "5", "--keep"]
     arguments += ["--pp", "3", "--dp", "4", "--expert-parallel", "--replicas", "2"]
+    arguments += ["--one-agent"]
     arguments += ["--trainer-ranks", "6", "--workdir", str(tmp_path / "w"), "--timeout", "30"]
     demo(*arguments, "--model-config", str(tmp_path / "c.json"))
     assert ended[1] == [
         DemoOptions(
-            packed=False, tp=2, pp=3, dp=4, expert_parallel=True, replicas=2, trainer_ranks=6,
-            pushes=5, keep=True, workdir=tmp_path / "w", timeout_s=30,
+            packed=False, tp=2, pp=3, dp=4, expert_parallel=True, replicas=2, one_agent=True,
+            trainer_ranks=6, pushes=5, keep=True, workdir=tmp_path / "w", timeout_s=30,
             config_file=tmp_path / "c.json",
         )
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -107,3 +108,11 @@ def test_a_deadline_names_what_was_waited_for():
     time.sleep(0.02)
     with pytest.raises(DeadlineError, match="waiting for the first engine"):
         deadline.left_s("the first engine")
+
+
+def test_a_reserved_port_is_given_to_nobody_else_and_can_be_listened_on(processes):
+    port = processes.reserve_port()
+    with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+        stranger.bind(("127.0.0.1", port))
+    with socket.create_server(("127.0.0.1", port)) as server:
+        socket.create_connection(server.getsockname(), timeout=5).close()

@@ -66,9 +66,11 @@ def test_json_proves_every_push_against_a_fresh_load(tmp_path):
     assert processes_below(workdir) == []
 
 
-def test_two_fsdp2_ranks_push_into_two_engines(tmp_path):
+@pytest.mark.parametrize("one_agent", [False, True], ids=["an agent each", "one agent"])
+def test_two_fsdp2_ranks_push_into_two_engines(one_agent, tmp_path):
     workdir = tmp_path / "demo"
     options = ["--trainer-ranks", "2", "--replicas", "2", "--pushes", "2"]
+    options += ["--one-agent"] if one_agent else []
     done = demo("--json", "--workdir", str(workdir), *options)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)

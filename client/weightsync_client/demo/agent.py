@@ -17,7 +17,7 @@ from weightsync.errors import (
     TraceError,
     from_problem,
 )
-from weightsync_client.demo.processes import Deadline, Process, Processes, free_port
+from weightsync_client.demo.processes import Deadline, Process, Processes
 
 _POLL_S = 0.1
 _CALL_S = 300.0
@@ -38,14 +38,15 @@ class DemoAgent:
         self._name = name
         self._processes = processes
         self._deadline = deadline
-        self._port = free_port()
+        self._port = processes.reserve_port()
         self.url = f"http://127.0.0.1:{self._port}"
         self.process: Process | None = None
 
-    def start(self, engine_url: str) -> None:
-        """Start it; it finds the engine soon after that is up."""
-        command = [sys.executable, "-m", "weightsync_server.agent.cli"]
-        command += ["--engine-url", engine_url, "--port", str(self._port)]
+    def start(self, engine_urls: Sequence[str]) -> None:
+        """Start it; it finds the engines soon after they are up."""
+        command = [sys.executable, "-m", "weightsync_server.agent.cli", "--port", str(self._port)]
+        for url in engine_urls:
+            command += ["--engine-url", url]
         command += ["--engine-poll-s", "0.25", "--attach-backoff-max-s", "1"]
         self.process = self._processes.start(self._name, command)
 
@@ -57,7 +58,7 @@ class DemoAgent:
 
         Raises:
             EngineError: A process ended.
-            RefusedError, TraceError, ManifestError: The engine cannot be attached to with the
+            RefusedError, TraceError, ManifestError: An engine cannot be attached to with the
                 checkpoint that it serves.
             DeadlineError: The demo is out of time.
         """
@@ -67,7 +68,7 @@ class DemoAgent:
                     process.check()
                 if self.process is not None:
                     self.process.check()
-                left_s = min(5.0, self._deadline.left_s(f"the {self._name} and its engine"))
+                left_s = min(5.0, self._deadline.left_s(f"the {self._name} and what is behind it"))
                 try:
                     ready = http.get("/readyz", timeout=left_s).status_code == 200
                     status: dict[str, Any] = http.get("/status", timeout=left_s).json()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsync.errors import EngineError, from_problem
-from weightsync_client.demo.processes import Deadline, Process, Processes, free_port
+from weightsync_client.demo.processes import Deadline, Process, Processes
 
 _POLL_S = 0.2
 _EXIT_S = 20.0
@@ -50,7 +50,7 @@ class TrainerLink:
             command += ["--agent", agent]
         if config_file is not None:
             command += ["--config", str(config_file.resolve())]
-        port = free_port()
+        port = processes.reserve_port()
         self._ranks: list[Process] = [
             processes.start(
                 "trainer" if rank == 0 else f"trainer rank {rank}",

@@ -40,7 +40,9 @@ class DemoOptions(BaseModel):
     expert_parallel: bool = False
     """Whether an engine's workers share out the experts instead of slicing each."""
     replicas: Annotated[int, Field(ge=1, le=64)] = 1
-    """Engines that are pushed to, each with an agent of its own."""
+    """Engines that are pushed to."""
+    one_agent: bool = False
+    """Whether all engines are behind one agent; else each has an agent of its own."""
     trainer_ranks: Annotated[int, Field(ge=1, le=64)] = 1
     """Processes of the training job; more than one: FSDP2, each holds and pushes its shards."""
     quantization: Quantization = "none"

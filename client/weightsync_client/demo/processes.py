@@ -142,6 +142,18 @@ class Processes:
         self._logs = logs
         self._environ = environ
         self._started: list[Process] = []
+        self._ports: list[socket.socket] = []
+
+    def reserve_port(self) -> int:
+        """A port of the loopback interface that is given to nobody else until the end.
+
+        It is bound but not listened on, so that whoever sets SO_REUSEADDR can listen there.
+        """
+        holder = socket.socket()
+        self._ports.append(holder)
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        return int(holder.getsockname()[1])
 
     def start(
         self,
@@ -167,9 +179,5 @@ class Processes:
         tb: TracebackType | None,
     ) -> None:
         end_all(self._started)
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nothing listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+        for holder in self._ports:
+            holder.close()

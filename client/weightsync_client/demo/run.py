@@ -116,7 +116,8 @@ class _Demo:
 
         many = options.replicas > 1
         what = f"{options.replicas} engines ({options.engine})" if many else options.engine
-        view.working(f"starting {what} on it, and {'their agents' if many else 'the agent'}")
+        agents = "their agents" if many and not options.one_agent else "the agent"
+        view.working(f"starting {what} on it, and {agents}")
         first.start(folder / "v0", context)
         try:
             self._note_engines(first.wait_ready())

@@ -15,9 +15,11 @@ from weightsync.errors import EngineError
 from weightsync_client.demo.agent import DemoAgent
 from weightsync_client.demo.ask import CONTEXT_TOKENS, PROBE_TOKENS, Answer, complete
 from weightsync_client.demo.options import DemoOptions
-from weightsync_client.demo.processes import Deadline, Process, Processes, end_all, free_port
+from weightsync_client.demo.processes import Deadline, Process, Processes, end_all
 
 _ANSWER_S = 300.0
+#: ``engine0/dp0/pp0/tp0/ep0``
+_PLACE_PARTS = 5
 # whole CUDA graphs, whose replays must see the new weights, without the minute of a compilation
 _CUDA_OPTIONS = (
     *("--compilation-config", '{"mode": 0, "cudagraph_mode": "FULL"}'),
@@ -134,10 +136,11 @@ class Stack:
         self._options = options
         self._processes = processes
         self._deadline = deadline
-        self._ports = [free_port() for _ in numbers]
+        self._ports = [processes.reserve_port() for _ in numbers]
         self.engine_urls = [f"http://127.0.0.1:{port}" for port in self._ports]
         self._agents = [
-            DemoAgent(f"{name} agent{number}", processes, deadline) for number in numbers
+            DemoAgent(f"{name} agent{number}", processes, deadline)
+            for number in ([""] if options.one_agent else numbers)
         ]
         self._engines: list[Process] = []
 
@@ -152,8 +155,9 @@ class Stack:
             command = engine_command(self._options, model, port, context)
             environ = engine_environ(self._options, k)
             self._engines.append(self._processes.start(name, command, environ))
-        for agent, url in zip(self._agents, self.engine_urls, strict=True):
-            agent.start(url)
+        each = len(self.engine_urls) // len(self._agents)
+        for k, agent in enumerate(self._agents):
+            agent.start(self.engine_urls[k * each : (k + 1) * each])
 
     def wait_ready(self) -> list[dict[str, Any]]:
         """Wait until every agent's admission gate opens; the agents' statuses then.
@@ -207,8 +211,31 @@ class Stack:
         Raises:
             WeightSyncError: What an agent answers instead.
         """
-        return [agent.checksums() for agent in self._agents]
+        each = len(self.engine_urls) // len(self._agents)
+        return [own for agent in self._agents for own in _by_engine(agent.checksums(), each)]
 
     def stop(self) -> None:
         """End all.  The agents first, so that they do not report a lost engine."""
         end_all([*(a.process for a in self._agents if a.process is not None), *self._engines])
+
+
+def _by_engine(sums: dict[str, str], engines: int) -> list[dict[str, str]]:
+    """An agent's checksums as the agents of its engines would tell them, had each one."""
+    if engines == 1:
+        return [sums]
+    found: list[dict[str, str]] = []
+    for engine in range(engines):
+        mine = {
+            tuple(name.split("/", _PLACE_PARTS)): digest
+            for name, digest in sums.items()
+            if name.startswith(f"engine{engine}/")
+        }
+        # a lone worker's place is left out, and a lone engine is engine 0
+        alone = len({place[:_PLACE_PARTS] for place in mine}) == 1
+        found.append(
+            {
+                parts[-1] if alone else "/".join(("engine0", *parts[1:])): digest
+                for parts, digest in mine.items()
+            }
+        )
+    return found
