@@ -180,7 +180,9 @@ class Workers:
     ) -> tuple[int, list[Difference]]:
         """How many kernel tensors were compared, and those that differ, sorted by place."""
         answers = self._same(
-            await self._engines.ask("verify", VerifyReply, timeout_s=timeout_s, **self._each(bodies))
+            await self._engines.ask(
+                "verify", VerifyReply, timeout_s=timeout_s, **self._each(bodies)
+            )
         )
         return sum(a.body.kernel_tensors for a in answers), [
             Difference(place=a.place, tensor=tensor, what=what)
