@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,67 +10,14 @@ from hypothesis import strategies as st
 
 from tests.core.test_plan import World, push
 from tests.support.families import CONFIGS
+from tests.support.grids import checkpoint, model_of
 from weightsync.errors import InputError
 from weightsync.families import EngineGrid, ModelConfig, declare, engine_layouts
 from weightsync.families.grids import Inference, inference_grid, trainer_grid
-from weightsync.families.model import Model
 from weightsync.families.trainer import TrainerGrid, holdings
 from weightsync.plan import Job
 
 seeded = settings(max_examples=300, deadline=None, derandomize=True, database=None)
-SMALL: dict[str, Any] = {
-    "vocab_size": 70,
-    "hidden_size": 24,
-    "intermediate_size": 16,
-    "moe_intermediate_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "q_lora_rank": 6,
-    "kv_lora_rank": 5,
-    "qk_nope_head_dim": 3,
-    "qk_rope_head_dim": 2,
-    "v_head_dim": 4,
-}
-#: wide enough for a block of 128 in every worker's part
-WIDE: dict[str, Any] = {
-    "vocab_size": 70,
-    "hidden_size": 200,
-    "intermediate_size": 256,
-    "moe_intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "q_lora_rank": 128,
-    "kv_lora_rank": 70,
-    "qk_nope_head_dim": 100,
-    "qk_rope_head_dim": 28,
-    "v_head_dim": 156,
-}
-
-
-def model_of(name: str, wire_dtype: str) -> Model:
-    values = {**CONFIGS[name], **(WIDE if wire_dtype == "fp8" else SMALL)}
-    if wire_dtype == "bf16" and "head_dim" in values:
-        values["head_dim"] = 6
-    if CONFIGS[name].get("q_lora_rank", 1) is None:
-        values["q_lora_rank"] = None
-    return declare(ModelConfig(values), wire_dtype=wire_dtype)
-
-
-def checkpoint(model: Model) -> dict[str, torch.Tensor]:
-    """Bytes that differ everywhere, whatever they mean as numbers."""
-    made: dict[str, torch.Tensor] = {}
-    for seed, spec in enumerate(model.manifest):
-        generator = torch.Generator().manual_seed(seed)
-        dtype = getattr(torch, spec.dtype)
-        if dtype == torch.bfloat16:  # may be cast, so it is a number
-            made[spec.name] = torch.randn(spec.shape, generator=generator).to(dtype)
-        else:
-            raw = torch.randint(0, 120, (spec.nbytes,), dtype=torch.uint8, generator=generator)
-            made[spec.name] = raw.view(dtype).reshape(spec.shape)
-    return made
 
 
 @st.composite
@@ -89,14 +37,51 @@ def inferences(draw: st.DrawFn) -> Inference:
     return Inference(engine, draw(st.sampled_from([1, 2])))
 
 
-@seeded
-@given(st.sampled_from(sorted(CONFIGS)), trainers(), inferences())
-def test_any_trainer_grid_gives_any_engine_grid_exactly_its_bytes(
-    name: str, trainer: TrainerGrid, inference: Inference
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Knobs:
+    """What a job may be told beside its grids."""
+
+    split_nbytes: int
+    coalesce_nbytes: int
+    max_slot_nbytes: int | None
+
+
+knobs = st.builds(
+    Knobs,
+    st.sampled_from([64, 1 << 20]),
+    st.sampled_from([0, 64, 512, 1 << 20]),
+    st.sampled_from([None, None, 2048, 10_000]),
+)
+ANY_JOB = (st.sampled_from(sorted(CONFIGS)), trainers(), inferences(), knobs)
+
+
+def moved_whole(name: str, trainer: TrainerGrid, inference: Inference, told: Knobs) -> None:
     model = model_of(name, "bf16")
-    world = World(checkpoint(model), inference.layouts(model), holdings(model, trainer), 64)
+    world = World(
+        checkpoint(model),
+        inference.layouts(model),
+        holdings(model, trainer),
+        **dataclasses.asdict(told),
+    )
     push(world, world.plans())
+
+
+@seeded
+@given(*ANY_JOB)
+def test_any_trainer_grid_gives_any_engine_grid_exactly_its_bytes(
+    name: str, trainer: TrainerGrid, inference: Inference, told: Knobs
+) -> None:
+    moved_whole(name, trainer, inference, told)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@settings(seeded, max_examples=5000)
+@given(*ANY_JOB)
+def test_thousands_of_trainer_and_engine_grids_move_exactly_their_bytes(
+    name: str, trainer: TrainerGrid, inference: Inference, told: Knobs
+) -> None:
+    moved_whole(name, trainer, inference, told)
 
 
 @settings(seeded, max_examples=12)

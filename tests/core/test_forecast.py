@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.support.families import CONFIGS
 from weightsync.families import EngineGrid, ModelConfig, declare
-from weightsync.families.grids import Inference
+from weightsync.families.grids import Inference, inference_grid, trainer_grid
 from weightsync.families.trainer import TrainerGrid, holdings
 from weightsync.forecast import forecast
 from weightsync.plan import Job
@@ -47,3 +49,22 @@ def test_the_figures_are_those_of_the_plans(
         assert figures.slot_nbytes.max <= bound < figures.fill_s
     # at a byte a second the wire takes as many seconds as the busiest NIC has bytes
     assert figures.wire_s == pytest.approx(max(figures.rank_nbytes.max, *into), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("grid", "balance"),
+    [
+        # 48 experts over 32 ranks: some hold two, the others none, and nobody else has them
+        ("fsdp=256,ep=8", 1.33),
+        # 16 ranks hold three each, and their replicas as many
+        ("fsdp=128,hsdp=2,ep=8", 1.005),
+        ("fsdp=96,hsdp=3,ep=8", 1.005),
+    ],
+)
+def test_ranks_write_as_evenly_as_what_they_hold_allows(grid: str, balance: float) -> None:
+    config = ModelConfig.read(Path(__file__).parents[2] / "docs/examples/moe-1t.config.json")
+    model = declare(ModelConfig({**config.values, "num_hidden_layers": 3}, config.where))
+    layouts = inference_grid("tp=8,ep=8").layouts(model)
+    trainer = trainer_grid(grid)
+    job = Job.of(model.manifest, layouts, holdings(model, trainer), coalesce_nbytes=2 << 20)
+    assert forecast(job, layouts, trainer.ranks).rank_nbytes.balance <= balance
