@@ -71,6 +71,20 @@ class Worker:
     def open(self, manifest: Manifest, wanted: list[Region]) -> p.WorkerOffer:
         self.close()
         self.transport = self.make_transport()
+        self.layout = self.lay_out(manifest, wanted)
+        regions = self.layout.regions
+        self.transport.register([LocalMemory(r.addr, r.nbytes) for r in regions])
+        return p.WorkerOffer(
+            place=str(self.place),
+            transport="inmemory",
+            metadata=base64.b64encode(self.transport.metadata()).decode(),
+            layout=pack(self.layout),
+            direct=len(regions),
+            staged=0,
+            nbytes=sum(r.nbytes for r in regions),
+        )
+
+    def lay_out(self, manifest: Manifest, wanted: list[Region]) -> WorkerLayout:
         regions, records = [], []
         for index, region in enumerate(wanted):
             offset = 0
@@ -100,19 +114,9 @@ class Worker:
                     region.name, region.dtype, (offset,), nbytes, "direct", buffer.data_ptr()
                 )
             )
-        self.transport.register([LocalMemory(r.addr, r.nbytes) for r in regions])
         used = {record.tensor for record in records}
         skipped = tuple(t.name for t in manifest if t.name not in used)
-        self.layout = WorkerLayout(self.place, tuple(regions), tuple(records), skipped)
-        return p.WorkerOffer(
-            place=str(self.place),
-            transport="inmemory",
-            metadata=base64.b64encode(self.transport.metadata()).decode(),
-            layout=pack(self.layout),
-            direct=len(regions),
-            staged=0,
-            nbytes=sum(r.nbytes for r in regions),
-        )
+        return WorkerLayout(self.place, tuple(regions), tuple(records), skipped)
 
     def connect(self, ranks: list[p.RankOffer], index: int) -> None:
         self.writes = {

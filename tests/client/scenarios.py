@@ -236,3 +236,14 @@ def push_cut(url: str, fault: str, culprit: int) -> list[Any]:
             except Exception as error:
                 told.append((type(error).__name__, str(error), time.monotonic() - started))
     return told
+
+
+def push_grid(url: str, name: str, trainer: str, told: dict[str, Any]) -> list[int]:
+    """This rank's part of a declared model, of two seeds."""
+    from grids import GridSource
+
+    with Publisher([url], progress="off", deadlines=DEADLINES, **told) as publisher:
+        return [
+            publisher.push(GridSource(name, trainer, dist.get_rank(), seed)).version
+            for seed in (1, 2)
+        ]

@@ -51,11 +51,11 @@ def model_of(name: str, wire_dtype: str) -> Model:
     return declare(ModelConfig(values), wire_dtype=wire_dtype)
 
 
-def checkpoint(model: Model) -> dict[str, torch.Tensor]:
+def checkpoint(model: Model, seed: int = 0) -> dict[str, torch.Tensor]:
     """Bytes that differ everywhere, whatever they mean as numbers."""
     made: dict[str, torch.Tensor] = {}
-    for seed, spec in enumerate(model.manifest):
-        generator = torch.Generator().manual_seed(seed)
+    for place, spec in enumerate(model.manifest, 1000 * seed):
+        generator = torch.Generator().manual_seed(place)
         dtype = getattr(torch, spec.dtype)
         if dtype == torch.bfloat16:  # may be cast, so it is a number
             made[spec.name] = torch.randn(spec.shape, generator=generator).to(dtype)
