@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from weightsync_client.bench.command import bench
 from weightsync_client.demo.options import DemoOptions
 from weightsync_client.demo.run import run_demo
 from weightsync_client.demo.view import PlainView, TerminalView, View
 from weightsync_client.plan_command import plan
+from weightsync_client.signals import sigterm_as_exit
 
 app = typer.Typer(
     help="weightsync carries new weights into live inference engines: whole or not at all.",
@@ -132,7 +130,7 @@ def demo(
         timeout_s=timeout,
     )
     try:
-        with _sigterm_as_exit():
+        with sigterm_as_exit():
             result = run_demo(options, _view(as_json=as_json))
     except KeyboardInterrupt:
         sys.stderr.write("weightsync demo: interrupted; all its processes are ended\n")
@@ -147,6 +145,7 @@ def demo(
 
 
 app.command(name="plan")(plan)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:
@@ -158,17 +157,3 @@ def _view(*, as_json: bool) -> View:
     if as_json:
         return PlainView(sys.stderr)
     return TerminalView(Console()) if sys.stdout.isatty() else PlainView(sys.stdout)
-
-
-@contextmanager
-def _sigterm_as_exit() -> Iterator[None]:
-    """SIGTERM unwinds as Ctrl-C does, so that what was started is ended."""
-
-    def leave(number: int, _frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

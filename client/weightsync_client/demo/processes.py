@@ -20,10 +20,11 @@ _TAIL_LINES = 25
 
 
 class Deadline:
-    """The moment at which the whole demo is out of time (WS-6)."""
+    """The moment at which the whole command (``what``) is out of time (WS-6)."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, what: str = "demo") -> None:
         self._timeout_s = timeout_s
+        self._what = what
         self._at = time.monotonic() + timeout_s
 
     def left_s(self, what: str) -> float:
@@ -35,8 +36,9 @@ class Deadline:
         left = self._at - time.monotonic()
         if left <= 0:
             raise DeadlineError(
-                f"the demo was not over after {self._timeout_s:g} s; it was waiting for {what}",
-                hint="see the logs in the demo's folder; --timeout gives it longer",
+                f"the {self._what} was not over after {self._timeout_s:g} s; "
+                f"it was waiting for {what}",
+                hint=f"see the logs in the {self._what}'s folder; --timeout gives it longer",
             )
         return left
 

@@ -1,0 +1,1 @@
+"""``weightsync bench``: pushes measured beside their baselines, in the same run."""

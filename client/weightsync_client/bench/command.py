@@ -1,0 +1,159 @@
+"""``weightsync bench``: its options, and where its figures go."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn, TypeVar
+
+import typer
+from pydantic import BaseModel, ValidationError
+from rich.console import Console
+
+from weightsync.errors import InputError, WeightSyncError
+from weightsync_client.bench.figures import Figures
+from weightsync_client.bench.loopback import LoopbackOptions, run_loopback
+from weightsync_client.bench.view import markdown, tables
+from weightsync_client.demo.stack import shared_environ
+from weightsync_client.signals import sigterm_as_exit
+
+T = TypeVar("T", bound=BaseModel)
+_LOOPBACK = LoopbackOptions()
+
+bench = typer.Typer(
+    help="Measure pushes beside their baselines, in the same run.", no_args_is_help=True
+)
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")
+]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print tables for a document.")]
+Plot = Annotated[
+    Path | None, typer.Option(metavar="OUT.png", help="Draw the figures (needs weightsync[bench]).")
+]
+Nbytes = Annotated[int, typer.Option(help="Bytes of the model, about.")]
+Rounds = Annotated[int, typer.Option(help="Rounds that count.")]
+Warmup = Annotated[int, typer.Option(help="Rounds before them.")]
+Timeout = Annotated[float, typer.Option(help="Seconds for all of it.")]
+
+
+@bench.command()
+def loopback(
+    nbytes: Nbytes = _LOOPBACK.nbytes,
+    rounds: Rounds = _LOOPBACK.rounds,
+    warmup: Warmup = _LOOPBACK.warmup,
+    timeout: Timeout = _LOOPBACK.timeout_s,
+    as_json: Json = False,
+    as_markdown: Markdown = False,
+    plot: Plot = None,
+) -> None:
+    """Push between two processes on this machine's CPU, over NIXL, into the embedded torch engine.
+
+    Beside it, in turn: a raw NIXL write of the same bytes in one descriptor, a gloo broadcast of
+    the same tensors, safetensors saved and loaded by the engine's own loader.
+
+    Exit status: 0 measured (targets met or not); 1 it failed; 2 bad arguments.
+    """
+    with _told(as_json or as_markdown) as told, _failing("loopback"):
+        _check_plot(plot)
+        options = _options(
+            LoopbackOptions, nbytes=nbytes, rounds=rounds, warmup=warmup, timeout_s=timeout
+        )
+        with _folder() as folder:
+            figures = run_loopback(options, folder, shared_environ(os.environ), told)
+    _show(figures, as_json=as_json, as_markdown=as_markdown, plot=plot)
+
+
+def _options(kind: type[T], **values: object) -> T:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise InputError(
+            f"{name}={first['input']}: {first['msg']}", hint="see weightsync bench --help"
+        ) from error
+
+
+def _show(figures: Figures, *, as_json: bool, as_markdown: bool, plot: Path | None) -> None:
+    answer = figures.to_dict()
+    if as_json:
+        sys.stdout.write(json.dumps(answer) + "\n")
+    elif as_markdown:
+        sys.stdout.write(markdown(answer))
+    else:
+        console = Console()
+        for table in tables(answer):
+            console.print(table)
+    if plot is not None:
+        from weightsync_client.bench.plot import draw
+
+        draw(answer, plot)
+
+
+def _check_plot(plot: Path | None) -> None:
+    """Before anything is measured.
+
+    Raises:
+        InputError: It could not be drawn.
+    """
+    if plot is None:
+        return
+    from weightsync_client.bench.plot import check_plot
+
+    check_plot(plot)
+
+
+@contextmanager
+def _told(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Shows what runs: on a terminal in one line that changes, elsewhere in lines."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: _say(text) if not quiet else None
+        return
+    with console.status("weightsync bench") as status:
+        yield lambda text: status.update(f"weightsync bench · {text}")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"weightsync bench: {text}\n")
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """A temporary folder; after a failure its logs stay, and are named."""
+    folder = Path(tempfile.mkdtemp(prefix="weightsync-bench-"))
+    try:
+        yield folder / "run"
+    except WeightSyncError:
+        _say(f"logs are in {folder / 'run' / 'logs'}")
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _failing(name: str) -> Iterator[None]:
+    """Turns failures into messages and exit statuses."""
+
+    def leave(status: int, text: str) -> NoReturn:
+        sys.stderr.write(f"weightsync bench {name}: {text}\n")
+        raise typer.Exit(status) from None
+
+    try:
+        with sigterm_as_exit():
+            yield
+    except InputError as error:
+        leave(2, str(error))
+    except WeightSyncError as error:
+        leave(1, str(error))
+    except KeyboardInterrupt:
+        leave(130, "interrupted; all its processes are ended")

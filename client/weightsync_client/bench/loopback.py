@@ -1,0 +1,220 @@
+"""``weightsync bench loopback``: a push between two processes of this machine, on its CPU."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from weightsync.errors import WeightSyncError
+from weightsync_client.bench import models
+from weightsync_client.bench.baselines import Baselines
+from weightsync_client.bench.engine import Engine
+from weightsync_client.bench.figures import Case, Figures, Target, run_rounds
+from weightsync_client.bench.part import Part
+from weightsync_client.demo.options import DemoOptions
+from weightsync_client.demo.processes import Deadline, Processes
+from weightsync_client.report import PHASES
+
+_START_S = 120.0
+_CALL_S = 60.0
+_SWEEP_REPEATS = 3
+_MEMORY = Path("/dev/shm")  # noqa: S108  a fresh folder in it
+
+
+class LoopbackOptions(BaseModel):
+    """One run of ``bench loopback``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    nbytes: Annotated[int, Field(ge=1_000_000, le=64_000_000_000)] = 256_000_000
+    """Bytes of the model, about: it has whole layers."""
+    rounds: Annotated[int, Field(ge=1, le=1000)] = 7
+    """Rounds that count; every case runs once in each."""
+    warmup: Annotated[int, Field(ge=1, le=100)] = 2
+    """Rounds before them.  The first push makes the rendezvous."""
+    timeout_s: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] = 300.0
+    """Seconds for the whole benchmark (WS-6)."""
+
+
+def run_loopback(
+    options: LoopbackOptions,
+    folder: Path,
+    environ: Mapping[str, str],
+    told: Callable[[str], None],
+) -> Figures:
+    """Measure pushes into the embedded torch engine, and the same bytes by other means.
+
+    Every process is ended when this returns or raises.
+
+    Args:
+        options: How much and how often.
+        folder: For checkpoints and logs.
+        environ: What the processes see.
+        told: Is told what runs.
+
+    Raises:
+        WeightSyncError: The pushes failed; a baseline that fails is noted instead.
+    """
+    (folder / "logs").mkdir(parents=True)
+    deadline = Deadline(options.timeout_s, "benchmark")
+    with (
+        _scratch(options.nbytes) as scratch,
+        Processes(folder / "logs", environ) as processes,
+    ):
+        return _Loopback(options, folder, processes, deadline, told, scratch or folder).run()
+
+
+@contextmanager
+def _scratch(nbytes: int) -> Iterator[Path | None]:
+    """A folder in memory for the file of the baseline, which no disk shall slow down."""
+    with ExitStack() as owned:
+        folder = None
+        if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > 2 * nbytes:
+            made = tempfile.TemporaryDirectory(prefix="weightsync-bench-", dir=_MEMORY)
+            folder = Path(owned.enter_context(made))
+        yield folder
+
+
+class _Loopback:
+    def __init__(
+        self,
+        options: LoopbackOptions,
+        folder: Path,
+        processes: Processes,
+        deadline: Deadline,
+        told: Callable[[str], None],
+        scratch: Path,
+    ) -> None:
+        self._options = options
+        self._folder = folder
+        self._processes = processes
+        self._deadline = deadline
+        self._told = told
+        self._scratch = scratch
+        self._figures = Figures("loopback")
+
+    def run(self) -> Figures:
+        options, figures = self._options, self._figures
+        model, config = self._folder / "v0", models.dense(options.nbytes)
+        config_file = models.write_config(self._folder / "config", config)
+        self._told("making a model, and starting an engine on it")
+        trainer = self._start("trainer", "weightsync_client.bench.trainer", str(config_file), "cpu")
+        baselines = Baselines(self._processes, self._deadline, "cpu")
+        made = trainer.ask("make", timeout_s=_START_S, checkpoint=str(model))
+        nbytes = int(made["nbytes"])
+        kind = DemoOptions(engine="torch")
+        engine = Engine("bench", kind, model, self._processes, self._deadline)
+        reload = self._start("reload", "weightsync_server.engines.torch_reload", str(model))
+        figures.facts = {
+            "nbytes": nbytes,
+            "tensors": len(made["shapes"]),
+            "rounds": options.rounds,
+            "warmup": options.warmup,
+        }
+        figures.facts["engine"] = engine.wait_ready()
+        cases: dict[str, Case] = {"push": lambda: push_seconds(trainer, engine)}
+        if self._works("raw_nixl_write", lambda: baselines.open_raw(nbytes)):
+            cases["raw_nixl_write"] = lambda: {"raw_nixl_write": baselines.write_raw()}
+        if self._works("gloo_broadcast", lambda: baselines.join("gloo", made["shapes"])):
+            cases["gloo_broadcast"] = lambda: {"gloo_broadcast": baselines.broadcast()}
+        cases["safetensors"] = lambda: self._save_and_reload(trainer, reload)
+        run_rounds(
+            figures,
+            cases,
+            rounds=options.rounds,
+            warmup=options.warmup,
+            nbytes=dict.fromkeys(BYTES_MOVED, nbytes),
+            essential=("push",),
+            told=self._told,
+        )
+        if "raw_nixl_write" not in figures.failed:
+            self._told("writes in pieces of several sizes")
+            self._works("descriptors", lambda: self._sweep(baselines))
+        figures.notes.append(
+            "The file of the safetensors baseline lies in memory: no disk slows it."
+            if self._scratch != self._folder
+            else f"The file of the safetensors baseline lies in {self._scratch.parent}."
+        )
+        judge(figures)
+        for part in (trainer, reload):
+            part.finish()
+        baselines.finish()
+        engine.stop()
+        return figures
+
+    def _start(self, name: str, module: str, *arguments: str) -> Part:
+        command = [sys.executable, "-m", module, *arguments]
+        return Part(self._processes, name, command, self._deadline)
+
+    def _works(self, case: str, work: Callable[[], None]) -> bool:
+        """Do what a case needs; where that fails the case is noted as failed."""
+        try:
+            work()
+        except WeightSyncError as error:
+            self._figures.failed[case] = str(error)
+            return False
+        return True
+
+    def _sweep(self, baselines: Baselines) -> None:
+        self._figures.descriptors = baselines.sweep(self._options.nbytes, _SWEEP_REPEATS)
+
+    def _save_and_reload(self, trainer: Part, reload: Part) -> dict[str, float]:
+        path = str(self._scratch / "pushed.safetensors")
+        saved = trainer.ask("save", timeout_s=_CALL_S, path=path)
+        loaded = reload.ask("reload", timeout_s=_CALL_S, path=path)
+        seconds = {**saved, **loaded}
+        return {**seconds, "safetensors_save_and_reload": sum(seconds.values())}
+
+
+#: series whose rate means something
+BYTES_MOVED = (
+    "push", "write", "fill", "commit", "raw_nixl_write", "gloo_broadcast", "safetensors_save",
+    "safetensors_reload", "safetensors_save_and_reload",
+)  # fmt: skip
+
+
+def push_seconds(trainer: Part, engine: Engine) -> dict[str, float]:
+    """Change every weight and push once: seconds of the whole, of each phase, and of the CPU."""
+    report = trainer.ask("push", timeout_s=_CALL_S, agents=engine.agents)
+    return report_seconds(report)
+
+
+def report_seconds(report: Mapping[str, Any]) -> dict[str, float]:
+    """The series that one push adds to, out of what the trainer answers."""
+    return {
+        "push": report["total_s"],
+        "paused": report["paused_s"],
+        **{phase: report[f"{phase}_s"] for phase in PHASES if phase != "rendezvous"},
+        **{f"commit_{part}": s for part, s in slowest_parts(report).items()},
+        "trainer_cpu_thread": report["cpu_thread_s"],
+        "trainer_cpu_process": report["cpu_process_s"],
+    }
+
+
+def slowest_parts(report: Mapping[str, Any]) -> dict[str, float]:
+    """What the agents measured in commit, by part: of the slowest agent."""
+    parts: dict[str, float] = {}
+    for agent in report["agents"]:
+        for part, seconds in agent["seconds"].items():
+            name = part.removesuffix("_s")
+            parts[name] = max(parts.get(name, 0.0), seconds)
+    return parts
+
+
+def judge(figures: Figures) -> None:
+    """Compute the ratios and hold them to the targets."""
+    write = figures.set_ratio("write_vs_raw_nixl", "write", "raw_nixl_write")
+    gloo = figures.set_ratio("push_vs_gloo_broadcast", "push", "gloo_broadcast")
+    reload = figures.set_ratio("push_vs_safetensors_reload", "push", "safetensors_save_and_reload")
+    figures.targets = [
+        Target("write, of a raw NIXL write in one descriptor", 0.9, write),
+        Target("whole push, of a gloo broadcast of the same tensors", 1.0, gloo),
+        Target("whole push, of safetensors save and reload", 1.0, reload),
+    ]

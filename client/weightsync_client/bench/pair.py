@@ -1,0 +1,128 @@
+"""One of two processes that move the same bytes by other means.
+
+``python -m weightsync_client.bench.pair DEVICE source|target``
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from weightsync_client.bench.part import serve
+from weightsync_client.bench.raw import RawNixl
+
+_JOIN_S = 60.0
+
+
+class Pair:
+    """Answers commands; :class:`weightsync_client.bench.baselines.Baselines` gives them.
+
+    Args:
+        device: Where the bytes lie, as torch names it.
+        target: Whether this process receives.
+    """
+
+    def __init__(self, device: str, *, target: bool) -> None:
+        self._device = torch.device(device)
+        self._target = target
+        self._raw: RawNixl | None = None
+        self._tensors: list[torch.Tensor] = []
+        self._copies: tuple[torch.Tensor, torch.Tensor] | None = None
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+
+    def open_raw(self, nbytes: int) -> dict[str, Any]:
+        """Make this end of a raw NIXL connection."""
+        self._raw = RawNixl(nbytes, self._device, target=self._target)
+        return self._raw.describe()
+
+    def connect_raw(self, metadata: str, addr: int) -> dict[str, Any]:
+        """Take in the target's end."""
+        self._opened().connect(metadata, addr)
+        return {}
+
+    def write_raw(self, nbytes: int, piece_nbytes: int, repeats: int = 1) -> dict[str, float]:
+        """Median seconds of writing that many bytes in pieces."""
+        seconds = self._opened().write(nbytes, piece_nbytes, repeats)
+        return {"seconds": statistics.median(seconds)}
+
+    def join(self, backend: str, port: int, shapes: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """Meet the other process in a process group, and make the tensors to broadcast."""
+        dist.init_process_group(
+            backend,
+            init_method=f"tcp://127.0.0.1:{port}",
+            rank=int(self._target),
+            world_size=2,
+            timeout=timedelta(seconds=_JOIN_S),
+            device_id=self._device if self._device.type == "cuda" else None,
+        )
+        self._tensors = [
+            torch.ones(tuple(shape), dtype=torch.bfloat16, device=self._device) for shape in shapes
+        ]
+        return {}
+
+    def broadcast(self) -> dict[str, float]:
+        """Seconds of one broadcast a tensor, from the moment at which both ends are there."""
+        self._meet()
+        started = time.perf_counter()
+        for tensor in self._tensors:
+            dist.broadcast(tensor, src=0)
+        self._synchronize()
+        return {"seconds": time.perf_counter() - started}
+
+    def copy_device(self, nbytes: int) -> dict[str, float]:
+        """Seconds of one plain copy from this GPU to the next; within it, where it is alone."""
+        if self._copies is None or self._copies[0].nbytes != nbytes:
+            last = torch.device("cuda", torch.cuda.device_count() - 1)
+            other = last if last.index == 0 else torch.device("cuda", 1)
+            self._copies = (
+                torch.ones(nbytes, dtype=torch.uint8, device=self._device),
+                torch.ones(nbytes, dtype=torch.uint8, device=other),
+            )
+        source, target = self._copies
+        self._synchronize(target.device)
+        started = time.perf_counter()
+        target.copy_(source)
+        self._synchronize(target.device)
+        return {"seconds": time.perf_counter() - started}
+
+    def _opened(self) -> RawNixl:
+        if self._raw is None:
+            raise RuntimeError("open_raw comes first")
+        return self._raw
+
+    def _meet(self) -> None:
+        dist.barrier(device_ids=[self._device.index or 0] if self._device.type == "cuda" else None)
+        self._synchronize()
+
+    def _synchronize(self, *others: torch.device) -> None:
+        if self._device.type == "cuda":
+            for device in {self._device, *others}:
+                torch.cuda.synchronize(device)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Command line of the process; returns its exit status."""
+    device, role = argv
+    pair = Pair(device, target=role == "target")
+    return serve(
+        {
+            "open_raw": pair.open_raw,
+            "connect_raw": pair.connect_raw,
+            "write_raw": pair.write_raw,
+            "join": pair.join,
+            "broadcast": pair.broadcast,
+            "copy_device": pair.copy_device,
+        }
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,143 @@
+"""A benchmark's processes are told what to do by lines of JSON, and answer with one each.
+
+:class:`Part` is the benchmark's end, :func:`serve` the process's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from weightsync.errors import DeadlineError, EngineError, WeightSyncError, from_problem
+from weightsync_client.demo.processes import Deadline, Process, Processes, end_all
+
+_POLL_S = 0.5
+_EXIT_S = 20.0
+Handler = Callable[..., Mapping[str, Any]]
+
+
+class Part:
+    """One process of a benchmark.
+
+    Args:
+        processes: Starts it.
+        name: In logs and messages.
+        command: Its command line.
+        deadline: Of every wait.
+        environ: What it sees beside what all see.
+    """
+
+    def __init__(
+        self,
+        processes: Processes,
+        name: str,
+        command: Sequence[str],
+        deadline: Deadline,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        self.process: Process = processes.start(name, command, environ, talks=True)
+        self._deadline = deadline
+        self._answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name=f"{name}-answers", daemon=True).start()
+
+    def tell(self, command: str, **facts: Any) -> None:
+        """Send one command; :meth:`answer` waits for what it answers.
+
+        Raises:
+            EngineError: It is gone.
+        """
+        stdin = self.process.popen.stdin
+        try:
+            if stdin is not None:
+                stdin.write(json.dumps({"command": command, **facts}) + "\n")
+                stdin.flush()
+        except (OSError, ValueError):
+            raise self._gone() from None
+
+    def answer(self, timeout_s: float) -> dict[str, Any]:
+        """Its next answer.  A process that does not answer in time is ended.
+
+        Raises:
+            WeightSyncError: What the command failed with.
+            EngineError: It is gone.
+            DeadlineError: It did not answer, or the benchmark is out of time.
+        """
+        waited_s = 0.0
+        while True:
+            step_s = min(_POLL_S, self._deadline.left_s(f"the {self.process.name}"))
+            try:
+                answer = self._answers.get(timeout=step_s)
+                break
+            except queue.Empty:
+                waited_s += step_s
+                if waited_s >= timeout_s:
+                    end_all([self.process], grace_s=1.0)
+                    raise DeadlineError(
+                        f"the {self.process.name} did not answer in {timeout_s:g} s\n"
+                        f"{self.process.tail()}"
+                    ) from None
+        if answer is None:
+            raise self._gone()
+        if "problem" in answer:
+            raise from_problem(answer["problem"])
+        return answer
+
+    def ask(self, command: str, *, timeout_s: float, **facts: Any) -> dict[str, Any]:
+        """Send a command and wait for its answer.  Raises as :meth:`answer` does."""
+        self.tell(command, **facts)
+        return self.answer(timeout_s)
+
+    def finish(self) -> None:
+        """Let it release its memory and end, or end it."""
+        if self.process.popen.stdin is not None:
+            self.process.popen.stdin.close()
+        try:
+            self.process.wait(_EXIT_S)
+        except WeightSyncError:
+            end_all([self.process])
+
+    def _gone(self) -> EngineError:
+        return EngineError(f"the {self.process.name} ended unexpectedly\n{self.process.tail()}")
+
+    def _read(self) -> None:
+        stdout = self.process.popen.stdout
+        try:
+            while stdout is not None and (line := stdout.readline()):
+                self._answers.put(json.loads(line))
+        except ValueError:
+            pass  # it was killed within a line, or the benchmark has closed the pipe
+        self._answers.put(None)
+
+
+def serve(handlers: Mapping[str, Handler]) -> int:
+    """Answer the commands on standard input until it ends; returns the exit status.
+
+    Standard output is for answers alone: what libraries print goes to standard error.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    with os.fdopen(os.dup(1), "w") as out:
+        os.dup2(2, 1)
+        for line in sys.stdin:
+            facts = json.loads(line)
+            try:
+                answer = dict(handlers[facts.pop("command")](**facts))
+            # a baseline may fail with anything: it must not take the benchmark along
+            except Exception as error:
+                logging.getLogger(__name__).exception("%s", line.strip())
+                answer = {"problem": _problem(error)}
+            out.write(json.dumps(answer) + "\n")
+            out.flush()
+    return 0
+
+
+def _problem(error: Exception) -> dict[str, Any]:
+    if not isinstance(error, WeightSyncError):
+        error = EngineError(f"{type(error).__name__}: {error}")
+    problem: dict[str, Any] = json.loads(json.dumps(error.to_problem(), default=str))
+    return problem

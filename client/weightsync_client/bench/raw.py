@@ -1,0 +1,103 @@
+"""NIXL by itself: its own binding, one handle, and the loop that its documentation shows.
+
+The baseline of our write phase, so nothing of ours is in it but the slab of memory.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+import uuid
+from typing import Any
+
+import numpy as np
+import torch
+
+from weightsync.errors import DeadlineError
+from weightsync.transport.nixl import load_bindings
+from weightsync.transport.nixl_errors import is_done, translated
+from weightsync_client.slots import Slab
+
+_WRITE_S = 60.0
+_PROGRESS_US = 10_000
+
+
+class RawNixl:
+    """One end: a NIXL agent and one registered slab.
+
+    Args:
+        nbytes: Of the slab.
+        device: Where it lies.
+        target: Whether this end is written to: it then makes progress by itself.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device, *, target: bool) -> None:
+        self._nixl = load_bindings()
+        self._slab = Slab(nbytes, device)
+        self._slab.data.fill_(1)
+        self._kind = self._nixl.VRAM_SEG if device.type == "cuda" else self._nixl.DRAM_SEG
+        config = self._nixl.nixlAgentConfig()
+        config.useProgThread = target
+        config.useListenThread = False
+        config.pthrDelay = _PROGRESS_US
+        with translated("starting a NIXL agent"):
+            self._agent: Any = self._nixl.nixlAgent(f"raw-{uuid.uuid4().hex}", config)
+            self._agent.createBackend("UCX", {})
+            memory = self._slab.memory
+            rows = [(memory.addr, memory.nbytes, memory.device_id)]
+            self._agent.registerMem(self._nixl.nixlRegDList(self._kind, _rows(rows)), [])
+        self._peer = ""
+        self._remote_addr = 0
+
+    def describe(self) -> dict[str, Any]:
+        """What :meth:`connect` of the other end takes."""
+        return {
+            "metadata": base64.b64encode(self._agent.getLocalMD()).decode("ascii"),
+            "addr": self._slab.memory.addr,
+        }
+
+    def connect(self, metadata: str, addr: int) -> None:
+        """Take in the end that will be written to."""
+        with translated("loading a peer's metadata"):
+            self._peer = self._agent.loadRemoteMD(base64.b64decode(metadata)).decode()
+        self._remote_addr = addr
+
+    def write(self, nbytes: int, piece_nbytes: int, repeats: int) -> list[float]:
+        """Seconds, from post to completion, of writing ``nbytes`` in pieces, each time.
+
+        Raises:
+            TransportError: NIXL refuses.
+            DeadlineError: It takes longer than a minute.
+        """
+        here, there = (
+            self._nixl.nixlXferDList(
+                self._kind,
+                _rows(
+                    [
+                        (addr + at, min(piece_nbytes, nbytes - at), self._slab.memory.device_id)
+                        for at in range(0, nbytes, piece_nbytes)
+                    ]
+                ),
+            )
+            for addr in (self._slab.memory.addr, self._remote_addr)
+        )
+        agent, nixl, peer = self._agent, self._nixl, self._peer
+        with translated("a raw write", peer):
+            handle = agent.createXferReq(nixl.NIXL_WRITE, here, there, peer, b"", [])
+            try:
+                return [self._post(handle) for _ in range(repeats)]
+            finally:
+                agent.releaseXferReq(handle)
+
+    def _post(self, handle: Any) -> float:
+        started = time.perf_counter()
+        done = is_done(self._agent.postXferReq(handle, b"").name, self._peer)
+        while not done:
+            if time.perf_counter() - started > _WRITE_S:
+                raise DeadlineError(f"a raw write took longer than {_WRITE_S:g} s")
+            done = is_done(self._agent.getXferStatus(handle).name, self._peer)
+        return time.perf_counter() - started
+
+
+def _rows(rows: list[tuple[int, int, int]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    return np.array(rows, dtype=np.uint64).reshape(-1, 3)
