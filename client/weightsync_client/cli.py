@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 
 from weightsync_client.bench.command import bench
+from weightsync_client.commands.fleet import pause, resume, status
+from weightsync_client.commands.weights import explain_command, push, verify
 from weightsync_client.demo.options import DemoOptions
 from weightsync_client.demo.run import run_demo
 from weightsync_client.demo.view import PlainView, TerminalView, View
@@ -21,7 +23,6 @@ from weightsync_client.signals import sigterm_as_exit
 app = typer.Typer(
     help="weightsync carries new weights into live inference engines: whole or not at all.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -146,6 +147,9 @@ def demo(
 
 app.command(name="plan")(plan)
 app.add_typer(bench, name="bench")
+for _command in (status, pause, resume, push, verify):
+    app.command()(_command)
+app.command(name="explain")(explain_command)
 
 
 def main() -> None:

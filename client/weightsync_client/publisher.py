@@ -104,7 +104,7 @@ class Publisher:
         )
         ranks = make_ranks(group, apart_s=deadlines.ranks_s)
         self._settings = PushSettings(
-            make_transport=_make_nixl if transport == "nixl" else transport,
+            make_transport=make_nixl if transport == "nixl" else transport,
             check_finite=check_finite,
             pause_mode=pause_mode,
             deadlines=deadlines,
@@ -183,7 +183,8 @@ class Publisher:
         self.close()
 
 
-def _make_nixl() -> Transport:
+def make_nixl() -> Transport:
+    """The transport of a trainer."""
     # only here, so that a publisher with another transport needs no NIXL
     from weightsync.transport.nixl import NixlTransport
 

@@ -44,7 +44,7 @@ class _Frame:
     lost: bool = False
 
 
-def _no_undo(error: BaseException) -> None:
+def no_undo(error: BaseException) -> None:
     """Nothing was done yet."""
 
 
@@ -70,7 +70,7 @@ class Ranks(abc.ABC):
         result: Any,
         work_s: float = 0.0,
         decide_s: float = 0.0,
-        undo: Callable[[BaseException], None] = _no_undo,
+        undo: Callable[[BaseException], None] = no_undo,
     ) -> R:
         """Every rank works, rank 0 decides, every rank gets the decision.
 
@@ -135,7 +135,7 @@ class SoloRanks(Ranks):
         result: Any,
         work_s: float = 0.0,
         decide_s: float = 0.0,
-        undo: Callable[[BaseException], None] = _no_undo,
+        undo: Callable[[BaseException], None] = no_undo,
     ) -> R:
         """Work, then decide; errors are raised as they are."""
         try:
@@ -192,7 +192,7 @@ class WiredRanks(Ranks):
         result: Any,
         work_s: float = 0.0,
         decide_s: float = 0.0,
-        undo: Callable[[BaseException], None] = _no_undo,
+        undo: Callable[[BaseException], None] = no_undo,
     ) -> R:
         """See :meth:`Ranks.meet`."""
         if self._lost:

@@ -30,7 +30,7 @@ from weightsync_client.declaration import Declaration, Introduction, introduce, 
 from weightsync_client.gather import Gather
 from weightsync_client.quantization import QuantizationSpec
 from weightsync_client.quantized import QuantizedSource
-from weightsync_client.ranks import Ranks
+from weightsync_client.ranks import Ranks, no_undo
 from weightsync_client.session import JobSize, Offer, Session, Worker
 from weightsync_client.settings import Deadlines
 from weightsync_client.source import Weights, WeightSource, as_source
@@ -72,7 +72,7 @@ class Pushed:
 
 
 @dataclass(frozen=True)
-class _Answer:
+class Answer:
     """What one agent answered to ``/init_transfer``; ``workers`` are (place, metadata, layout)."""
 
     epoch: int
@@ -89,7 +89,7 @@ class _Terms:
     session: str
     tensors: tuple[TensorSpec, ...]
     boxes: list[list[tuple[Box, ...]]]
-    agents: list[_Answer]
+    agents: list[Answer]
     coalesce_nbytes: int
 
 
@@ -102,8 +102,9 @@ def open_session(
     deadlines: Deadlines,
     ignore: Sequence[str],
     max_slot_nbytes: int | None,
-    coalesce_nbytes: int,
-    undo: Callable[[BaseException], None],
+    coalesce_nbytes: int = 0,
+    staged_only: bool = False,
+    undo: Callable[[BaseException], None] = no_undo,
 ) -> Session:
     """Make a rendezvous of all ranks with every agent; the engines go on serving.
 
@@ -116,6 +117,7 @@ def open_session(
         ignore: Patterns of tensors that an engine may have no use for.
         max_slot_nbytes: Bound of this rank's slot memory.
         coalesce_nbytes: Tensors up to this that are cut over ranks are gathered; rank 0's counts.
+        staged_only: See :class:`Session`.
         undo: See :meth:`weightsync_client.ranks.Ranks.meet`.
 
     Raises:
@@ -128,7 +130,9 @@ def open_session(
     opened: list[Session] = []
 
     def plan() -> list[Offer]:
-        session = _plan(ranks.rank, terms, pushed, make_transport, ignore, max_slot_nbytes)
+        session = _plan(
+            ranks.rank, terms, pushed, make_transport, ignore, max_slot_nbytes, staged_only
+        )
         opened.append(session)
         return [session.offer(agent) for agent in range(len(terms.agents))]
 
@@ -183,27 +187,38 @@ def _init(
 ) -> _Terms:
     """The first round, on rank 0: the whole manifest to every agent."""
     manifest = join(introduced)
-    session_id = f"s-{uuid.uuid4().hex}"
-    packed = pack(manifest.tensors)
-
-    def call(agent: Agent) -> _Answer:
-        request = InitTransferRequest(
-            protocol_version=PROTOCOL_VERSION,
-            session=session_id,
-            manifest=packed,
-            world_size=len(introduced),
-            timeout_s=timeout_s,
-        )
-        answer = agent.post("/init_transfer", request, InitTransferResponse, timeout_s=timeout_s)
-        workers = [(w.place, base64.b64decode(w.metadata), w.layout) for w in answer.workers]
-        return _Answer(answer.epoch, workers)
-
-    answers = fleet.each(call)
+    session_id, answers = ask_layouts(fleet, manifest, len(introduced), timeout_s=timeout_s)
     boxes = []
     for one in introduced:
         held = one.declaration.holdings
         boxes.append([tuple(held.get(t.name, ())) for t in manifest])
     return _Terms(session_id, manifest.tensors, boxes, answers, coalesce_nbytes)
+
+
+def ask_layouts(
+    fleet: Fleet, manifest: Manifest, world_size: int, *, timeout_s: float
+) -> tuple[str, list[Answer]]:
+    """``POST /init_transfer`` to every agent, which ends whatever rendezvous is open there.
+
+    Returns:
+        The new session, and the agents' answers in the fleet's order.
+    """
+    session_id = f"s-{uuid.uuid4().hex}"
+    packed = pack(manifest.tensors)
+
+    def call(agent: Agent) -> Answer:
+        request = InitTransferRequest(
+            protocol_version=PROTOCOL_VERSION,
+            session=session_id,
+            manifest=packed,
+            world_size=world_size,
+            timeout_s=timeout_s,
+        )
+        answer = agent.post("/init_transfer", request, InitTransferResponse, timeout_s=timeout_s)
+        workers = [(w.place, base64.b64decode(w.metadata), w.layout) for w in answer.workers]
+        return Answer(answer.epoch, workers)
+
+    return session_id, fleet.each(call)
 
 
 def _plan(
@@ -213,6 +228,7 @@ def _plan(
     make_transport: Callable[[], Transport],
     ignore: Sequence[str],
     max_slot_nbytes: int | None,
+    staged_only: bool,
 ) -> Session:
     """This rank's part: every rank plans from the same terms, so all parts fit together."""
     manifest = Manifest(terms.tensors)
@@ -246,6 +262,7 @@ def _plan(
         gather=gather if job.shares else None,
         device=device,
         make_transport=make_transport,
+        staged_only=staged_only,
     )
 
 

@@ -65,6 +65,7 @@ class Session:
 
     Made by :func:`weightsync_client.rendezvous.open_session`.  Nothing of it is used after
     ``close``; the next epoch has a transport of its own, whose name was never used.
+    ``staged_only``: :meth:`write` leaves live memory alone, so no push can be made of it.
 
     Attributes:
         id: Of the session; the same at every agent and rank.
@@ -72,6 +73,7 @@ class Session:
         declaration: What this rank declared.
         nbytes: Bytes of one push from this rank, over all workers.
         rounds: In which they go through this rank's slots.
+        workers: All of them, agent by agent.
         job: The same of all ranks together.
         gather: What ranks give each other before they fill; None on all ranks: nothing.
     """
@@ -88,6 +90,7 @@ class Session:
         gather: Gather | None,
         device: torch.device,
         make_transport: Callable[[], Transport],
+        staged_only: bool = False,
     ) -> None:
         self.id = session_id
         self.epochs = tuple(epochs)
@@ -97,7 +100,8 @@ class Session:
         self.rounds = len(plan.rounds)
         self.job = JobSize(self.nbytes, self.rounds)
         self._plan = plan
-        self._workers = workers
+        self._staged_only = staged_only
+        self.workers = workers
         self._posts: list[list[_Post]] = [[] for _ in plan.rounds]
         # Replicas read the same slot bytes: those are checked and digested once.
         self._ranges = [
@@ -131,7 +135,7 @@ class Session:
             metadata=base64.b64encode(self._transport.metadata()).decode("ascii"),
             writes=[
                 pack(self._plan.declared(index)) if self._plan.writes[index] else ""
-                for index, worker in enumerate(self._workers)
+                for index, worker in enumerate(self.workers)
                 if worker.agent == agent
             ],
         )
@@ -143,7 +147,7 @@ class Session:
             TransportError: See :meth:`weightsync.transport.base.Transport.prepare`.
         """
         slab = self.slots.slab.memory
-        for index, worker in enumerate(self._workers):
+        for index, worker in enumerate(self.workers):
             rounds = [k for k, each in enumerate(self._plan.rounds) if each.writes[index]]
             if not rounds:
                 continue
@@ -166,7 +170,10 @@ class Session:
                 ops = [
                     WriteOp(slab.addr + w.slot_offset, regions[w.region].addr + w.offset, w.nbytes)
                     for w in self._plan.rounds[k].writes[index]
+                    if not self._staged_only or regions[w.region].mode == "staged"
                 ]
+                if not ops:
+                    continue
                 write = self._transport.prepare(
                     peer, ops, local=Side(slab.kind, slab.device_id), remote=remote
                 )
@@ -203,7 +210,7 @@ class Session:
                         for w in each.writes[index]
                     ]
                 )
-                for index, worker in enumerate(self._workers)
+                for index, worker in enumerate(self.workers)
                 if worker.agent == agent
             ]
             for agent in range(len(self.epochs))

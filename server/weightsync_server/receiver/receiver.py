@@ -15,7 +15,10 @@ from collections.abc import Callable
 
 import torch
 
+from weightsync.checkpoint import Checkpoint
 from weightsync.errors import (
+    EngineError,
+    InputError,
     LayoutError,
     NoSessionError,
     PushInProgressError,
@@ -41,7 +44,6 @@ from weightsync.worker_messages import (
     VerifyReply,
 )
 from weightsync_server.engines.base import EngineAdapter
-from weightsync_server.receiver.checkpoint import Checkpoint
 from weightsync_server.receiver.epoch import Epoch
 from weightsync_server.receiver.install import Given, materialise, transplant
 from weightsync_server.receiver.kernel import Identity, check_identities, same_bytes, tensor_at
@@ -123,9 +125,17 @@ class Receiver:
         folder = self.adapter.checkpoint()
         if folder is None or self.version or self.dirty or (self._proofs is not None and not full):
             return
-        checkpoint = Checkpoint(folder)
+        try:
+            checkpoint = Checkpoint(folder)
+            manifest = checkpoint.manifest()
+        except InputError as error:
+            raise EngineError(
+                error.message,
+                hint="the engine's weights are proven against it: mend it, or start the engine "
+                "from another",
+            ) from error
         self._reference = copies_by_tensor(
-            trace(self.adapter.new_twin(), self.adapter.load, checkpoint.manifest())
+            trace(self.adapter.new_twin(), self.adapter.load, manifest)
         )
         self._accept(self._prover.prove(self._reference, checkpoint.flat, full=full))
 

@@ -1,4 +1,4 @@
-"""A folder of safetensors, as names, shapes and lazily paged tensors."""
+"""A folder of safetensors, as names, shapes and lazily paged tensors.  Loads torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from weightsync.errors import EngineError
+from weightsync.errors import InputError
 from weightsync.manifest import Manifest, TensorSpec
 
 _DTYPES = {
@@ -26,7 +26,7 @@ class Checkpoint:
     Files are mapped, not read: a tensor costs memory only where it is looked at.
 
     Raises:
-        EngineError: The folder holds no readable safetensors.
+        InputError: The folder holds no readable safetensors.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,30 +39,31 @@ class Checkpoint:
             else:
                 files = sorted(folder.glob("*.safetensors"))
             if not files:
-                raise EngineError(f"no safetensors in {folder}")
+                raise InputError(
+                    f"no safetensors in {folder}", hint="name the folder of a Hugging Face model"
+                )
             self._where: dict[str, Any] = {}
             for file in files:
                 handle = safe_open(file, framework="pt", device="cpu")
                 self._where.update(dict.fromkeys(handle.keys(), handle))
         except (OSError, KeyError, ValueError, SafetensorError) as error:
-            raise EngineError(
+            raise InputError(
                 f"the checkpoint in {folder} cannot be read: {error}",
-                hint="the engine's weights are proven against it; mend it or start the engine "
-                "from another",
+                hint="is it whole? save or copy it again",
             ) from error
 
     def manifest(self) -> Manifest:
         """Names, dtypes and shapes, in the order of the files.
 
         Raises:
-            EngineError: A tensor has a dtype that weightsync does not know.
+            InputError: A tensor has a dtype that weightsync does not know.
         """
         specs = []
         for name, handle in self._where.items():
             part = handle.get_slice(name)
             dtype = _DTYPES.get(part.get_dtype())
             if dtype is None:
-                raise EngineError(
+                raise InputError(
                     f"{name} in {self.folder} is {part.get_dtype()}, which weightsync cannot move",
                     hint=f"it moves {', '.join(_DTYPES)}",
                 )
@@ -71,5 +72,8 @@ class Checkpoint:
 
     def flat(self, name: str) -> torch.Tensor:
         """The tensor as one contiguous dimension, on the CPU."""
-        t: torch.Tensor = self._where[name].get_tensor(name)
-        return t.reshape(-1)
+        return self.tensor(name).reshape(-1)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor, contiguous, on the CPU: a view of the mapped file."""
+        return self._where[name].get_tensor(name)  # type: ignore[no-any-return]

@@ -1,0 +1,1 @@
+"""The subcommands of ``weightsync`` that speak to running agents, and ``doctor``."""

@@ -1,0 +1,120 @@
+"""What every command shares: options, exit statuses, errors without tracebacks, JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from weightsync.errors import (
+    AgentUnreachableError,
+    AuthError,
+    InputError,
+    RefusedError,
+    WeightSyncError,
+)
+from weightsync_client.control import Fleet
+from weightsync_client.settings import Deadlines, token_from_env
+
+#: the exit statuses of all commands; docs/cli.md tells them
+EXIT_NO, EXIT_INPUT, EXIT_REFUSED, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
+
+Urls = Annotated[
+    list[str], typer.Argument(metavar="URL...", help="Agents, each as http://HOST:PORT.")
+]
+Agents = Annotated[
+    list[str],
+    typer.Option("--agent", metavar="URL", help="An agent, http://HOST:PORT; may be repeated."),
+]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(help="File with the agents' bearer token.  [default: WEIGHTSYNC_TOKEN]"),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")
+]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Tensors that an engine may have no use for."),
+]
+CheckpointDir = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT_DIR", help="Folder of safetensors files.")
+]
+
+
+def print_json(answer: dict[str, Any]) -> None:
+    """One object, one line, on stdout."""
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+
+
+def exit_status(error: WeightSyncError) -> int:
+    """What a command that this error ended exits with."""
+    if isinstance(error, (AgentUnreachableError, AuthError)):
+        return EXIT_UNREACHABLE
+    if isinstance(error, RefusedError):
+        return EXIT_REFUSED
+    return EXIT_INPUT if isinstance(error, InputError) else EXIT_NO
+
+
+@contextmanager
+def errors_told(command: str, *, as_json: bool) -> Iterator[None]:
+    """Expected errors end the command with a line on stderr and a status, never a traceback.
+
+    With ``as_json`` stdout gets ``{"error": PROBLEM}``, the problem details of the protocol.
+    """
+    try:
+        yield
+    except WeightSyncError as error:
+        tell_error(command, error)
+        if as_json:
+            print_json({"error": error.to_problem()})
+        raise typer.Exit(exit_status(error)) from None
+    except KeyboardInterrupt:
+        sys.stderr.write(f"weightsync {command}: interrupted\n")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def tell_error(command: str, error: WeightSyncError) -> None:
+    """What happened, what to do next, and what else is known, on stderr."""
+    lines = [f"weightsync {command}: {error.message}"]
+    if error.hint:
+        lines.append(f"  what to do: {error.hint}")
+    lines += [f"  {note}" for note in getattr(error, "__notes__", ())]
+    sys.stderr.write("\n".join(lines) + "\n")
+
+
+def read_token(path: Path | None) -> str | None:
+    """The bearer token: of the file, else ``WEIGHTSYNC_TOKEN``, else none.
+
+    Raises:
+        InputError: The file cannot be read, or holds no token.
+    """
+    if path is None:
+        return token_from_env()
+    try:
+        token = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"cannot read the token file {path}: {error}",
+            hint="name the file that the agent was started with (--token-file)",
+        ) from error
+    if not token or not token.isascii() or any(c.isspace() for c in token):
+        raise InputError(
+            f"the token file {path} holds no token", hint="one line of letters and digits"
+        )
+    return token
+
+
+def new_fleet(urls: Sequence[str], token_file: Path | None, deadlines: Deadlines) -> Fleet:
+    """The agents of a command.
+
+    Raises:
+        InputError: An address or the token file is wrong.
+    """
+    return Fleet(urls, token=read_token(token_file), deadlines=deadlines)

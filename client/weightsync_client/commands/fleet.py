@@ -1,0 +1,242 @@
+"""``weightsync status``, ``pause`` and ``resume``: look at agents, and stop and start engines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from weightsync.errors import WeightSyncError
+from weightsync.protocol import PauseRequest, ResumeRequest, StepResponse
+from weightsync_client.commands.common import (
+    EXIT_NO,
+    AsJson,
+    TokenFile,
+    Urls,
+    errors_told,
+    exit_status,
+    new_fleet,
+    print_json,
+    tell_error,
+)
+from weightsync_client.control import Agent, Fleet
+from weightsync_client.report import human_seconds
+from weightsync_client.settings import Deadlines
+
+_COLORS = {"ready": "green", "paused": "yellow", "receiving": "cyan", "torn": "bold red"}
+
+
+class Mode(StrEnum):
+    """What a pause does to running requests."""
+
+    keep = "keep"
+    wait = "wait"
+    abort = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one agent answered; one of ``body`` and ``error`` is there."""
+
+    url: str
+    body: dict[str, Any] | None = None
+    error: WeightSyncError | None = None
+
+
+def ask_each(fleet: Fleet, call: Callable[[Agent], dict[str, Any]]) -> list[Answer]:
+    """``call`` of every agent at once; what fails is an answer too."""
+
+    def guarded(agent: Agent) -> Answer:
+        try:
+            return Answer(agent.url, call(agent))
+        except WeightSyncError as error:
+            return Answer(agent.url, error=error)
+
+    return fleet.each(guarded)
+
+
+def _worst(answers: Sequence[Answer]) -> int:
+    return max((exit_status(a.error) for a in answers if a.error is not None), default=0)
+
+
+# ------------------------------------------------------------------ status
+
+
+def status(
+    urls: Urls,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Look again and again, until Ctrl-C.")
+    ] = False,
+    interval: Annotated[
+        float, typer.Option(min=0.1, max=3600, help="Seconds between two looks of --watch.")
+    ] = 1.0,
+    token_file: TokenFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what agents and their engines do; with --json and --watch, one object a look.
+
+    Exit status: 0 every engine serves a whole version; 1 one does not; 2 bad arguments; 4 an agent
+    does not answer, or does not take the token; 130 ended by Ctrl-C.
+    """
+    with errors_told("status", as_json=as_json):
+        deadlines = Deadlines()
+        with new_fleet(urls, token_file, deadlines) as fleet:
+
+            def look() -> list[Answer]:
+                return ask_each(fleet, lambda a: a.get("/status", timeout_s=deadlines.status_s))
+
+            if watch and not as_json:
+                _watch(look, interval)
+            answers = look()
+            while as_json and watch:
+                print_json(_status_json(answers))
+                time.sleep(interval)
+                answers = look()
+            if as_json:
+                print_json(_status_json(answers))
+            else:
+                Console().print(_status_table(answers))
+                for answer in answers:
+                    if answer.error is not None:
+                        tell_error("status", answer.error)
+    serve = all(a.body is not None and a.body.get("state") == "ready" for a in answers)
+    raise typer.Exit(_worst(answers) or (0 if serve else EXIT_NO))
+
+
+def _watch(look: Callable[[], list[Answer]], interval_s: float) -> None:
+    with Live(_status_table(look()), auto_refresh=False) as live:
+        while True:
+            time.sleep(interval_s)
+            live.update(_status_table(look()), refresh=True)
+
+
+def _status_json(answers: Sequence[Answer]) -> dict[str, Any]:
+    return {
+        "agents": [
+            {
+                "url": a.url,
+                "status": a.body,
+                "error": None if a.error is None else a.error.to_problem(),
+            }
+            for a in answers
+        ]
+    }
+
+
+def _status_table(answers: Sequence[Answer]) -> Table:
+    table = Table(title=f"{time.strftime('%H:%M:%S')}  {len(answers)} agents", title_justify="left")
+    for head in ("agent", "state", "version", "engine", "workers", "last push", "last error"):
+        table.add_column(head, overflow="fold")
+    for answer in answers:
+        if answer.body is not None:
+            table.add_row(answer.url, *_cells(answer.body))
+        elif answer.error is not None:
+            table.add_row(answer.url, f"[bold red]{answer.error.code}", *[""] * 5)
+    return table
+
+
+def _cells(told: dict[str, Any]) -> list[str]:
+    state = str(told.get("state", "?"))
+    version = str(told.get("version", "?"))
+    if told.get("target") is not None:
+        version += f" → {told['target']}"
+    if state == "paused":
+        state_text = "paused by a push" if told.get("pause_owner") else "paused by hand"
+    else:
+        state_text = state
+    engines = [f"{e.get('name')} {e.get('version')}".strip() for e in told.get("engines", ())]
+    workers = told.get("workers", ())
+    kinds = [(k, sum(int(w.get(k, 0)) for w in workers)) for k in ("direct", "staged")]
+    kinds.append(("refused", sum(len(w.get("refusals", ())) for w in workers)))
+    counts = ", ".join(f"{n} {kind}" for kind, n in kinds if n)
+    errors = told.get("last_errors") or [{}]
+    return [
+        f"[{_COLORS.get(state, 'red')}]{state_text}",
+        version,
+        ", ".join(dict.fromkeys(engines)),
+        f"{len(workers)}" + (f" ({counts})" if counts else ""),
+        _last_push(told.get("last_push")),
+        str(errors[-1].get("code", "")),
+    ]
+
+
+def _last_push(push: dict[str, Any] | None) -> str:
+    if push is None:
+        return "none yet"
+    paused_s = push.get("seconds", {}).get("paused")
+    paused = "" if paused_s is None else f", paused {human_seconds(paused_s)}"
+    return f"v{push.get('version')} {push.get('outcome')}{paused}"
+
+
+# ------------------------------------------------------------------ pause, resume
+
+
+def pause(
+    urls: Urls,
+    mode: Annotated[
+        Mode,
+        typer.Option(help="Running requests are frozen and go on later, end first, or are ended."),
+    ] = Mode.keep,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, max=86_400, help="Seconds until an engine must be drained.")
+    ] = 60.0,
+    token_file: TokenFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Stop generation; only a resume by hand ends it, and no push is taken meanwhile.
+
+    Exit status: 0 every engine stands still; 1 one does not; 2 bad arguments; 4 an agent does not
+    answer, or does not take the token.
+    """
+    request = PauseRequest(mode=mode.value, timeout_s=timeout)
+    _step("pause", urls, token_file, as_json, lambda a: _post(a, "/pause", request, timeout))
+
+
+def resume(urls: Urls, token_file: TokenFile = None, as_json: AsJson = False) -> None:
+    """Start generation again after a pause by hand; never with weights that are not whole.
+
+    Exit status: 0 every engine generates; 1 one was refused; 2 bad arguments; 4 an agent does not
+    answer, or does not take the token.
+    """
+    timeout_s = Deadlines().resume_s
+    call = ResumeRequest()
+    _step("resume", urls, token_file, as_json, lambda a: _post(a, "/resume", call, timeout_s))
+
+
+def _post(
+    agent: Agent, path: str, request: PauseRequest | ResumeRequest, timeout_s: float
+) -> dict[str, Any]:
+    return agent.post(path, request, StepResponse, timeout_s=timeout_s).model_dump()
+
+
+def _step(
+    command: str,
+    urls: Sequence[str],
+    token_file: TokenFile,
+    as_json: bool,
+    call: Callable[[Agent], dict[str, Any]],
+) -> None:
+    with errors_told(command, as_json=as_json):
+        with new_fleet(urls, token_file, Deadlines()) as fleet:
+            answers = ask_each(fleet, call)
+        if as_json:
+            agents = [
+                {"url": a.url, "error": None if a.error is None else a.error.to_problem()}
+                | (a.body or {"state": None, "version": None, "seconds": {}})
+                for a in answers
+            ]
+            print_json({"agents": agents})
+        for answer in answers:
+            if answer.error is not None:
+                tell_error(command, answer.error)
+            elif answer.body is not None and not as_json:
+                told = answer.body
+                typer.echo(f"{answer.url}: {told['state']}, version {told['version']}")
+    raise typer.Exit(_worst(answers))
