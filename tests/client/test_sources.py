@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from weightsync.errors import AgentUnreachableError, InputError, ManifestError
 from weightsync_client import ModuleSource, Publisher, StateDictSource
+from weightsync_client.checkpoint import CheckpointSource
 from weightsync_client.source import as_source
 
 
@@ -94,3 +96,18 @@ def test_a_name_twice_and_no_tensors_at_all_are_refused() -> None:
 def test_addresses_that_are_none_are_refused(agents: list[str]) -> None:
     with pytest.raises(InputError):
         Publisher(agents, progress="off")
+
+
+def test_a_checkpoint_folder_is_mapped_and_not_copied(tmp_path):
+    weights = {"a": torch.randn(64, 32), "b": torch.arange(6, dtype=torch.int64)}
+    save_file(weights, tmp_path / "model.safetensors")
+    source = CheckpointSource(tmp_path)
+    assert [(t.name, t.dtype, t.shape) for t in source.manifest()] == [
+        ("a", "float32", (64, 32)), ("b", "int64", (6,)),
+    ]  # fmt: skip
+    first, again = source.local("a", 0), source.local("a", 0)
+    assert torch.equal(first, weights["a"])
+    assert first.data_ptr() == again.data_ptr()
+    (tmp_path / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(InputError, match="cannot be read"):
+        CheckpointSource(tmp_path)

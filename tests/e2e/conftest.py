@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.cli import Ran, Run, invoke, save_in_two
 from tests.support.models import make_model
 from tests.support.stack import QUICK, Daemon, Stack, new_engine
 from weightsync_client import Deadlines
@@ -59,3 +60,19 @@ def _stack(
 def stack(_stack: Stack) -> Stack:
     _stack.heal()
     return _stack
+
+
+@pytest.fixture
+def run(stack: Stack) -> Run:
+    """A command with the agent's token in a file."""
+
+    def call(*arguments: object) -> Ran:
+        return invoke(*arguments, "--token-file", stack.folder / "token")
+
+    return call
+
+
+@pytest.fixture
+def second(stack: Stack, tmp_path: Path) -> Path:
+    """Another checkpoint of the same model, in two files."""
+    return save_in_two(stack.weights(), stack.checkpoint, tmp_path / "second")

@@ -106,6 +106,8 @@ def status(
                 for answer in answers:
                     if answer.error is not None:
                         tell_error("status", answer.error)
+                    elif trouble := _trouble(answer.body or {}):
+                        typer.echo(f"{answer.url}: {trouble}")
     serve = all(a.body is not None and a.body.get("state") == "ready" for a in answers)
     raise typer.Exit(_worst(answers) or (0 if serve else EXIT_NO))
 
@@ -132,13 +134,14 @@ def _status_json(answers: Sequence[Answer]) -> dict[str, Any]:
 
 def _status_table(answers: Sequence[Answer]) -> Table:
     table = Table(title=f"{time.strftime('%H:%M:%S')}  {len(answers)} agents", title_justify="left")
-    for head in ("agent", "state", "version", "engine", "workers", "last push", "last error"):
+    for head in ("agent", "state", "version", "workers", "last push"):
         table.add_column(head, overflow="fold")
     for answer in answers:
+        name = answer.url.removeprefix("http://")
         if answer.body is not None:
-            table.add_row(answer.url, *_cells(answer.body))
+            table.add_row(name, *_cells(answer.body))
         elif answer.error is not None:
-            table.add_row(answer.url, f"[bold red]{answer.error.code}", *[""] * 5)
+            table.add_row(name, f"[bold red]{answer.error.code}", "", "", "")
     return table
 
 
@@ -151,20 +154,24 @@ def _cells(told: dict[str, Any]) -> list[str]:
         state_text = "paused by a push" if told.get("pause_owner") else "paused by hand"
     else:
         state_text = state
-    engines = [f"{e.get('name')} {e.get('version')}".strip() for e in told.get("engines", ())]
     workers = told.get("workers", ())
     kinds = [(k, sum(int(w.get(k, 0)) for w in workers)) for k in ("direct", "staged")]
     kinds.append(("refused", sum(len(w.get("refusals", ())) for w in workers)))
     counts = ", ".join(f"{n} {kind}" for kind, n in kinds if n)
-    errors = told.get("last_errors") or [{}]
     return [
         f"[{_COLORS.get(state, 'red')}]{state_text}",
         version,
-        ", ".join(dict.fromkeys(engines)),
         f"{len(workers)}" + (f" ({counts})" if counts else ""),
         _last_push(told.get("last_push")),
-        str(errors[-1].get("code", "")),
     ]
+
+
+def _trouble(told: dict[str, Any]) -> str:
+    """What went wrong last, while the engine does not serve."""
+    errors = told.get("last_errors")
+    if told.get("state") in ("ready", "paused", "receiving") or not errors:
+        return ""
+    return f"{errors[-1]['code']}: {errors[-1]['detail']}\n  what to do: {errors[-1]['hint']}"
 
 
 def _last_push(push: dict[str, Any] | None) -> str:

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from weightsync.checkpoint import Checkpoint
 from weightsync.layout import WorkerPlace
 from weightsync_server.engines.base import EngineAdapter
 from weightsync_server.engines.torch_fp8 import SCALES, grid, keep_blocks
-from weightsync_server.receiver.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.cli.conftest import Run, invoke
+from tests.support.cli import Run, invoke
 from tests.support.stack import TOKEN, Stack
 from tests.support.torch_host import free_port
 
@@ -88,10 +88,10 @@ def test_a_step_that_one_agent_refuses_is_told_of_each(stack: Stack, run: Run) -
 def test_the_token_comes_from_the_environment_or_a_file(stack: Stack, tmp_path) -> None:
     url = stack.agent.url
     assert invoke("status", url, env={"WEIGHTSYNC_TOKEN": TOKEN}).code == 0
-    without = invoke("status", url, "--json", env={"WEIGHTSYNC_TOKEN": ""})
+    without = invoke("status", url, env={"WEIGHTSYNC_TOKEN": ""})
     assert without.code == 4
-    assert without.json["agents"][0]["error"]["code"] == "unauthorized"
-    assert "what to do: " in without.err
+    assert "unauthorized" in without.out
+    assert "what to do: send Authorization" in without.err
     (tmp_path / "empty").touch()
     for name in ("empty", "missing"):
         done = invoke("resume", url, "--token-file", tmp_path / name, "--json")
