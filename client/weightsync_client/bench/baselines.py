@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from weightsync_client.bench.part import Part
-from weightsync_client.demo.processes import Deadline, Processes, free_port
+from weightsync_client.demo.processes import Deadline, Processes
 
 _START_S = 120.0
 _CALL_S = 60.0
@@ -38,6 +38,7 @@ class Baselines:
             Part(processes, f"baseline {role}", [*module, role], deadline, environ)
             for role, environ in zip(("source", "target"), environs, strict=True)
         )
+        self._processes = processes
         self._nbytes = 0
 
     def open_raw(self, nbytes: int) -> None:
@@ -77,7 +78,7 @@ class Baselines:
         Raises:
             WeightSyncError: It does not come about.
         """
-        self._both("join", _START_S, backend=backend, port=free_port(), shapes=shapes)
+        self._both("join", _START_S, backend=backend, port=self._processes.reserve_port(), shapes=shapes)
 
     def broadcast(self) -> float:
         """Seconds of one broadcast a tensor: of the end that was done last."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from weightsync_client.demo.agent import DemoAgent
 from weightsync_client.demo.options import DemoOptions
-from weightsync_client.demo.processes import Deadline, Process, Processes, end_all, free_port
+from weightsync_client.demo.processes import Deadline, Process, Processes, end_all
 from weightsync_client.demo.stack import engine_command, engine_environ
 
 _CONTEXT_TOKENS = 256
@@ -34,7 +34,7 @@ class Engine:
         *,
         dummy: bool = False,
     ) -> None:
-        port = free_port()
+        port = processes.reserve_port()
         command = engine_command(options, model, port, _CONTEXT_TOKENS)
         if dummy:
             command += ["--load-format", "dummy"]
