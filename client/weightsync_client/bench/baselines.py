@@ -78,7 +78,9 @@ class Baselines:
         Raises:
             WeightSyncError: It does not come about.
         """
-        self._both("join", _START_S, backend=backend, port=self._processes.reserve_port(), shapes=shapes)
+        self._both(
+            "join", _START_S, backend=backend, port=self._processes.reserve_port(), shapes=shapes
+        )
 
     def broadcast(self) -> float:
         """Seconds of one broadcast a tensor: of the end that was done last."""
