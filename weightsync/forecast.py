@@ -123,7 +123,7 @@ def forecast(
         slots=int(pieces.sum()),
         writes=int(writes.sum()),
         nbytes=int(sent.sum()),
-        gathered_nbytes=sum(s.nbytes for s in job.shares if s.giver != s.taker),
+        gathered_nbytes=sum(gathered.moved_nbytes for gathered in job.gathered),
         rank_nbytes=Spread.of(sent),
         rank_writes=Spread.of(writes),
         slot_nbytes=Spread.of(slot_nbytes),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -51,18 +51,43 @@ class Share:
     nbytes: int
 
 
-@dataclass(frozen=True)
-class Ownership:
-    """Who writes what.
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """A small tensor that ``taker`` writes whole, as one more box behind those that it holds.
 
-    Attributes:
-        cells: Of each tensor.
-        shares: What ranks give each other first, in an order that is the same on all of them.  The
-            taker then has the whole tensor, as one more box behind those that it holds.
+    ``itemsize`` is of the manifest's dtype; ``parts`` has what each rank gives: a window, and the
+    box that it lies in.  Tensors that are held alike share it.
     """
 
+    tensor: str
+    taker: int
+    itemsize: int
+    parts: Mapping[int, Sequence[tuple[Box, int]]]
+
+    def shares(self, rank: int) -> Iterator[Share]:
+        """What that rank gives or takes, by giver: in the same order at both ends."""
+        for giver in self.parts if rank == self.taker else (rank,):
+            for window, box in self.parts.get(giver, ()):
+                nbytes = window.numel * self.itemsize
+                yield Share(self.tensor, window, giver, box, self.taker, nbytes)
+
+    @property
+    def moved_nbytes(self) -> int:
+        """Bytes that the taker does not hold itself."""
+        return self.itemsize * sum(
+            window.numel
+            for giver, given in self.parts.items()
+            if giver != self.taker
+            for window, _ in given
+        )
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """Who writes what: the cells of each tensor, and the tensors that are gathered first."""
+
     cells: dict[str, Cells]
-    shares: list[Share]
+    gathered: list[Gathered]
 
 
 class Cells:
@@ -125,7 +150,9 @@ def assign(
             pattern = patterns[key] = _pattern(spec.shape, _disjoint(owners))
         stored = spec.numel * itemsize(spec.dtype)
         if pattern.writers and stored <= coalesce_nbytes:
-            claims.append(_Claim(-nbytes, order, name, pattern.parts, pattern.writers))
+            claims.append(
+                _Claim(-nbytes, order, name, pattern.parts, pattern.writers, pattern.scattered)
+            )
             continue
         found[name] = pattern.own
         for rank, numel in pattern.loads:
@@ -142,9 +169,10 @@ def assign(
 
 
 class _Claim(NamedTuple):
-    """What goes to one of ``ranks``: all ``parts``, each a box and who holds it.
+    """What goes to one of ``ranks`` (sorted): all ``parts``, each a box and who holds it.
 
-    ``cost`` is negative; ``order`` and the parts' place tell apart what costs the same.
+    ``cost`` is negative; ``order`` and the parts' place tell apart what costs the same.  ``whole``:
+    it is a whole tensor of which no rank has all, to be gathered.
     """
 
     cost: int
@@ -152,6 +180,7 @@ class _Claim(NamedTuple):
     name: str
     parts: list[tuple[Box, list[_Owner]]]
     ranks: Sequence[int]
+    whole: bool = False
 
 
 def _settle(
@@ -160,31 +189,45 @@ def _settle(
     holdings: Holdings,
     loads: list[int],
     found: dict[str, Cells],
-) -> list[Share]:
+) -> list[Gathered]:
     """Largest first, each claim goes to the rank with the least to do so far: into ``found``."""
     taken: dict[str, list[Cell]] = {}
     wholes: dict[tuple[tuple[int, ...], int, int], Cells] = {}
-    shares: list[Share] = []
+    known: dict[tuple[int, int], dict[int, list[tuple[Box, int]]]] = {}
+    gathered: list[Gathered] = []
     for claim in sorted(claims, key=lambda c: (c.cost, c.order, c.parts[0][0].lo)):
-        name, rank = claim.name, min(claim.ranks, key=lambda rank: (loads[rank], rank))
+        name, parts = claim.name, claim.parts
+        rank = min(claim.ranks, key=loads.__getitem__)
         loads[rank] -= claim.cost
-        # the rank itself, or the next one to it
-        givers = [min(owners, key=lambda o: (abs(o[0] - rank), o[0])) for _, owners in claim.parts]
-        if all(giver[0] == rank for giver in givers):
-            cells = taken.setdefault(name, list(found[name].cells) if name in found else [])
-            cells += [Cell(w, *giver) for (w, _), giver in zip(claim.parts, givers, strict=True)]
+        if claim.whole:
+            spec, key = manifest.by_name[name], (id(parts), rank)
+            given = known.get(key)
+            if given is None:
+                given = known[key] = _given(parts, rank)
+            gathered.append(Gathered(name, rank, itemsize(spec.dtype), given))
+            place = (spec.shape, rank, len(holdings[rank].get(name, ())))
+            if place not in wholes:
+                whole = Box.whole(spec.shape)
+                wholes[place] = Cells(spec.shape, [Cell(whole, rank, place[2], whole)])
+            found[name] = wholes[place]
             continue
-        size = itemsize(manifest.by_name[name].dtype)
-        for (window, _), (giver, box, _) in zip(claim.parts, givers, strict=True):
-            shares.append(Share(name, window, giver, box, rank, window.numel * size))
-        shape, index = manifest.by_name[name].shape, len(holdings[rank].get(name, ()))
-        if (shape, rank, index) not in wholes:
-            whole = Box.whole(shape)
-            wholes[shape, rank, index] = Cells(shape, [Cell(whole, rank, index, whole)])
-        found[name] = wholes[shape, rank, index]
+        cells = taken.setdefault(name, list(found[name].cells) if name in found else [])
+        for window, owners in parts:
+            cells.append(Cell(window, *next(owner for owner in owners if owner[0] == rank)))
     for name, cells in taken.items():
         found[name] = Cells(manifest.by_name[name].shape, cells)
-    return shares
+    return gathered
+
+
+def _given(
+    parts: Sequence[tuple[Box, list[_Owner]]], taker: int
+) -> dict[int, list[tuple[Box, int]]]:
+    """What each rank gives to the taker: of a part the owner that is nearest, by number."""
+    given: dict[int, list[tuple[Box, int]]] = {}
+    for window, owners in parts:
+        giver, box, _ = min(owners, key=lambda owner: (abs(owner[0] - taker), owner[0]))
+        given.setdefault(giver, []).append((window, box))
+    return given
 
 
 def _by_tensor(manifest: Manifest, holdings: Holdings) -> dict[str, list[_Owner]]:
@@ -226,26 +269,27 @@ class _Pattern:
         parts: Disjoint boxes, and who holds each.
         own: What one rank alone holds, as its cells.
         loads: Those cells' ranks and elements.
-        writers: Where it is whole, and cut over several ranks: who could write it whole.  Those
-            that hold all of it, if there are any, need nothing from the others.
+        writers: Where all of it is held, and cut over several ranks: who could write it whole.
+            Those that have all of it, if there are any, need nothing from the others.
+        scattered: No rank has all of it.
     """
 
     parts: list[tuple[Box, list[_Owner]]]
     own: Cells
     loads: list[tuple[int, int]]
     writers: Sequence[int]
+    scattered: bool
 
 
 def _pattern(shape: tuple[int, ...], parts: list[tuple[Box, list[_Owner]]]) -> _Pattern:
     own = [Cell(window, *owners[0]) for window, owners in parts if len(owners) == 1]
     holders = Counter(rank for _, owners in parts for rank, _, _ in owners)
     writers: list[int] = []
+    scattered = len(parts) not in holders.values()
     if len(parts) > 1 < len(holders) and sum(w.numel for w, _ in parts) == math.prod(shape):
-        most = max(holders.values())
-        writers = sorted(r for r, n in holders.items() if most < len(parts) or n == most)
-    return _Pattern(
-        parts, Cells(shape, own), [(cell.rank, cell.window.numel) for cell in own], writers
-    )
+        writers = sorted(r for r, n in holders.items() if scattered or n == len(parts))
+    loads = [(cell.rank, cell.window.numel) for cell in own]
+    return _Pattern(parts, Cells(shape, own), loads, writers, scattered)
 
 
 def _disjoint(holders: Sequence[_Owner]) -> list[tuple[Box, list[_Owner]]]:

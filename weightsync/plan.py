@@ -19,7 +19,7 @@ from weightsync.errors import ManifestError, PlanError
 from weightsync.geometry import dst_runs
 from weightsync.layout import CopyRecord, WorkerLayout
 from weightsync.manifest import Manifest
-from weightsync.ownership import Cells, Holdings, Share, assign
+from weightsync.ownership import Cells, Gathered, Holdings, Share, assign
 from weightsync.slots import Fill, Pieces, Round, Slots, Write, fills, round_nbytes
 from weightsync.survey import Runs, address_space, all_runs, pieces_of
 from weightsync.targets import Places, Target, find_targets
@@ -159,13 +159,13 @@ class Job:
         targets: What the workers want, once each.
         places: For every worker, the target of each of its regions.
         cells: Who writes each tensor.
-        shares: What ranks give each other first.
+        gathered: What ranks give each other first.
     """
 
     targets: list[Target]
     places: Places
     cells: dict[str, Cells]
-    shares: list[Share]
+    gathered: list[Gathered]
 
     @classmethod
     def of(
@@ -194,7 +194,7 @@ class Job:
         owned = assign(
             manifest, holdings, wire, split_nbytes=split_nbytes, coalesce_nbytes=coalesce_nbytes
         )
-        return cls(targets, places, owned.cells, owned.shares)
+        return cls(targets, places, owned.cells, owned.gathered)
 
     @cached_property
     def space(self) -> AddressSpace:
@@ -320,7 +320,7 @@ def _plan_of(rank: int, job: Job, max_slot_nbytes: int | None) -> TransportPlan:
         rank,
         slots.nbytes if len(parts) == 1 else 2 * each_nbytes,
         tuple(Round(some, here) for some, here in zip(made, writes, strict=True)),
-        tuple(share for share in job.shares if rank in {share.giver, share.taker}),
+        tuple(share for gathered in job.gathered for share in gathered.shares(rank)),
     )
 
 

@@ -47,7 +47,9 @@ class Gather:
                 self._given.setdefault(share.taker, []).append(share)
             if share.taker == rank:
                 self._taken.setdefault(share.giver, []).append(share)
-        self._names = list(dict.fromkeys(s.tensor for s in shares if s.taker == rank))
+        taken = dict.fromkeys(s.tensor for s in shares if s.taker == rank)
+        specs = [manifest.by_name[name] for name in taken]
+        self._wholes = [Share(s.name, Box.whole(s.shape), rank, 0, rank, s.nbytes) for s in specs]
         self.nbytes = sum(s.nbytes for s in shares)
         self._messages: dict[int, torch.Tensor] = {}
 
@@ -70,7 +72,11 @@ class Gather:
                     hint="weights must not change shape in a push",
                     tensor=share.tensor,
                 )
-            part.copy_(local.detach()[_slices(share.window, box)])
+            index = tuple(
+                slice(a - base, b - base)
+                for a, b, base in zip(share.window.lo, share.window.hi, box.lo, strict=True)
+            )
+            part.copy_(local.detach()[index])
         host = packed.cpu()  # one copy, and one wait for the device
         at = 0
         for taker, given in self._given.items():
@@ -97,16 +103,17 @@ class Gather:
             taken[self._rank] = messages.pop(self._rank)
         others = {giver: message for giver, message in taken.items() if giver != self._rank}
         ranks.exchange(messages, others, timeout_s=timeout_s)
-        specs = [self._manifest.by_name[name] for name in self._names]
-        wholes = [Share(s.name, Box.whole(s.shape), 0, 0, 0, s.nbytes) for s in specs]
-        host = torch.empty(_length(wholes), dtype=torch.uint8)
-        values = {share.tensor: part for share, part in self._parts(wholes, host)}
+        host = torch.empty(_length(self._wholes), dtype=torch.uint8)
+        whole = {share.tensor: values for share, values in self._parts(self._wholes, host)}
         for giver, message in taken.items():
-            for share, part in self._parts(self._taken[giver], message):
-                spec = self._manifest.by_name[share.tensor]
-                values[share.tensor][_slices(share.window, Box.whole(spec.shape))].copy_(part)
+            for share, values in self._parts(self._taken[giver], message):
+                window = share.window
+                index = tuple(slice(a, b) for a, b in zip(window.lo, window.hi, strict=True))
+                whole[share.tensor][index] = values
         here = host.to(self._device)
-        return _Gathered(source, {share.tensor: part for share, part in self._parts(wholes, here)})
+        return _Gathered(
+            source, {s.tensor: values for s, values in self._parts(self._wholes, here)}
+        )
 
     def _parts(
         self, shares: Iterable[Share], message: torch.Tensor
@@ -147,9 +154,3 @@ def _length(shares: Iterable[Share]) -> int:
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGN_NBYTES) * _ALIGN_NBYTES
-
-
-def _slices(window: Box, box: Box) -> tuple[slice, ...]:
-    return tuple(
-        slice(a - base, b - base) for a, b, base in zip(window.lo, window.hi, box.lo, strict=True)
-    )

@@ -259,7 +259,7 @@ def _plan(
         manifest=manifest,
         workers=[Worker(*one) for one in found],
         plan=plan,
-        gather=gather if job.shares else None,
+        gather=gather if job.gathered else None,
         device=device,
         make_transport=make_transport,
         staged_only=staged_only,

@@ -31,7 +31,7 @@ TRAINERS = {
         "fsdp=4", "fsdp=2,tp=2", "fsdp=2,hsdp=2", "fsdp=4,ep=2", "fsdp=2,tp=2,ep=4", "fsdp=2,pp=2",
         "tp=2,hsdp=2,ep=2",
     ],
-    6: ["fsdp=6,ep=3", "fsdp=3,tp=2", "fsdp=3,hsdp=2,ep=3", "tp=2,pp=3", "fsdp=3,pp=2,ep=3"],
+    6: ["fsdp=6,ep=3", "fsdp=3,tp=2", "fsdp=3,hsdp=2,ep=3", "fsdp=3,pp=2,ep=3", "tp=3,hsdp=2,ep=3"],
 }  # fmt: skip
 ENGINES = ["tp=1", "tp=2", "tp=4", "dp=2", "tp=2,pp=2", "tp=2,ep=2", "tp=2,dp=2,ep=4", "tp=2,dp=2"]
 Case = tuple[str, str, str, dict[str, Any]]

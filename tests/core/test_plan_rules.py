@@ -170,6 +170,26 @@ def test_small_tensors_are_gathered_and_written_once_by_ranks_in_turn() -> None:
     assert not any(share.tensor == "w" for plan in plans for share in plan.shares)
 
 
+def test_thousands_of_small_tensors_over_hundreds_of_ranks_are_planned_in_seconds() -> None:
+    """A rank's plan names what it gives and takes, not what all ranks do."""
+    n, ranks = 4_000, 256
+    manifest = Manifest.of(spec(f"n{k}", ranks, 4) for k in range(n))
+    layout = WorkerLayout(
+        WorkerPlace(),
+        tuple(region(f"n{k}", ranks, 4) for k in range(n)),
+        tuple(rows(f"n{k}", k, ranks * 4) for k in range(n)),
+    )
+    boxes = [(Box((r, 0), (r + 1, 4)),) for r in range(ranks)]
+    holdings = [dict.fromkeys((f"n{k}" for k in range(n)), mine) for mine in boxes]
+    started = time.process_time()
+    (plan,) = build_plans(manifest, [layout], holdings, ranks=[3], coalesce_nbytes=1 << 20)
+    assert time.process_time() - started < 20
+    taken = len({s.tensor for s in plan.shares if s.taker == 3})
+    assert n // ranks <= taken <= n // ranks + 1
+    assert len(plan.shares) == n + taken * (ranks - 1)
+    assert sum(len(writes) for writes in plan.writes) == taken
+
+
 def test_a_tensor_just_above_the_threshold_is_not_gathered() -> None:
     manifest, layout, holdings = norms(8, 4)
     plans = build_plans(manifest, [layout], holdings, coalesce_nbytes=127)
