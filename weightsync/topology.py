@@ -20,12 +20,16 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 _NVIDIA, _AMD = "0x10de", "0x1002"
 _DISPLAY_CLASS = "0x03"
@@ -181,6 +185,23 @@ def normal_address(text: str) -> str:
         raise ValueError(f"{text!r} is no PCI address like 0000:18:00.0")
     domain, bus, device, function = match.groups()
     return f"{int(domain, 16):04x}:{bus}:{device}.{function}"
+
+
+def cuda_address(device: torch.device | None) -> str | None:
+    """PCI address of a CUDA device; None for another device, or where torch has not started CUDA.
+
+    A device without an index is the current one of this thread.
+    """
+    loaded = sys.modules.get("torch")  # without torch there is no CUDA memory either
+    if (
+        loaded is None
+        or device is None
+        or device.type != "cuda"
+        or not loaded.cuda.is_initialized()
+    ):
+        return None
+    known = loaded.cuda.get_device_properties(device)
+    return f"{known.pci_domain_id:04x}:{known.pci_bus_id:02x}:{known.pci_device_id:02x}.0"
 
 
 def read_machine(root: str | Path = "/sys", dev: str | Path = "/dev") -> Machine:

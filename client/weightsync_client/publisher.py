@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 
 from weightsync.errors import InputError, NoSessionError, PushInProgressError, StaleEpochError
 from weightsync.plan import COALESCE_NBYTES
 from weightsync.protocol import PauseMode
+from weightsync.topology import cuda_address
 from weightsync.transport.base import Transport
 from weightsync_client.control import Fleet
 from weightsync_client.gloo import make_ranks
@@ -41,7 +43,7 @@ class Publisher:
         agents: ``http://host:port`` of each agent.
         token: The agents' bearer token; default: ``WEIGHTSYNC_TOKEN``.
         transport: ``nixl``, or what makes a :class:`weightsync.transport.base.Transport` with a
-            name of its own, once an epoch.
+            name of its own, once an epoch; the device of the slots is the current one then.
         check_finite: Refuse weights that are NaN or infinite, before anything is sent.
         pause_mode: What happens to running requests: they are kept and go on afterwards
             (``keep``), are finished first (``wait``), or end (``abort``).
@@ -189,4 +191,4 @@ def make_nixl() -> Transport:
     from weightsync.transport.nixl import NixlTransport
 
     # A trainer only writes, and makes progress while it waits: no thread runs beside its training.
-    return NixlTransport("trainer", progress_thread=False)
+    return NixlTransport("trainer", progress_thread=False, gpu=cuda_address(torch.device("cuda")))

@@ -6,7 +6,7 @@ import base64
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +116,9 @@ class Session:
         try:
             self.slots = Slots(plan, manifest, device)
             self._owned.callback(self.slots.close)
-            self._transport = self._owned.enter_context(make_transport())
+            # what it is made near to is the current device
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                self._transport = self._owned.enter_context(make_transport())
             self._owned.enter_context(self._transport.register([self.slots.slab.memory]))
         except BaseException:
             self._owned.close()

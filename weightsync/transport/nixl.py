@@ -15,7 +15,6 @@ What NIXL 1.5 does, and what follows from it here (seen in its source and in run
 - *One handle a peer.*  10,000 descriptors cost 1 ms to prepare as one request, 0.3 ms as prepared
   lists; posting costs the same, so the form with one handle to release is used.  On TCP that many
   descriptors run at a sixth of the rate of one: merge writes.
-- *Blocking.*  On one host the copy may happen inside ``post``; the GIL is free meanwhile.
 - *Damaged metadata* makes NIXL refuse the right one of that peer for ever after, so a checksum
   stands in front of it.  The sender's name in a notification is what the sender says: it is no
   authentication.
@@ -38,7 +37,7 @@ import numpy as np
 
 from weightsync.errors import PeerLostError, RegistrationError, TransportError
 from weightsync.layout import MemoryKind
-from weightsync.transport import refusals
+from weightsync.transport import refusals, ucx
 from weightsync.transport.base import (
     DRAM,
     LocalMemory,
@@ -114,11 +113,12 @@ class NixlTransport(Transport):
         label: Start of the name, for people; a uuid follows, so a name is never used twice (WS-8).
         progress_thread: Let NIXL make progress while Python is busy.  A target needs it; pass
             False for an end that only writes.
-        progress_interval_us: Longest sleep of that thread; an event wakes it sooner.  1000 or
-            more; its unit at NIXL is a millisecond.
+        progress_interval_us: Longest sleep of that thread, 1000 or more; an event ends it.
+        gpu: PCI address of the GPU whose NICs and CPUs it uses; None: it moves host memory.
 
     Raises:
         TransportError: NIXL cannot be loaded, or UCX does not start.
+        InputError: ``WEIGHTSYNC_NICS`` is wrong.
     """
 
     def __init__(
@@ -127,6 +127,7 @@ class NixlTransport(Transport):
         *,
         progress_thread: bool = True,
         progress_interval_us: int = 10_000,
+        gpu: str | None = None,
     ) -> None:
         self.name = f"{label}-{uuid.uuid4().hex}"
         self._nixl = load_bindings()
@@ -144,9 +145,14 @@ class NixlTransport(Transport):
         # One lock of ours guards every call, so NIXL needs none.
         config.syncMode = self._nixl.NIXL_THREAD_SYNC_NONE
         config.pthrDelay = max(progress_interval_us, 1000)
-        with translated("starting the agent"):
-            self._agent: Any = self._nixl.nixlAgent(self.name, config)
-            self._agent.createBackend("UCX", {})
+
+        def make() -> Any:
+            with translated("starting the agent"):
+                agent = self._nixl.nixlAgent(self.name, config)
+                agent.createBackend("UCX", {})
+                return agent
+
+        self._agent: Any = ucx.start(make, gpu)
 
     def register(self, memory: Sequence[LocalMemory]) -> Registration:
         """See :meth:`Transport.register`.  A segment is one interval: no write may span two."""

@@ -7,13 +7,16 @@ import logging
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from weightsync.codec import pack, unpack
 from weightsync.errors import EngineError, InputError, WeightSyncError
 from weightsync.protocol import WorkerCommand, WorkerReply
+from weightsync.topology import cuda_address
 from weightsync.transport.base import Transport
 from weightsync.worker_messages import (
     AbortBody,
@@ -35,11 +38,11 @@ _REPLY_TIMEOUT_S = 30.0
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def nixl_transport() -> Transport:
-    """A NIXL transport with a fresh name."""
+def nixl_transport(device: torch.device | None = None) -> Transport:
+    """A NIXL transport with a fresh name; it uses the network cards near ``device``."""
     from weightsync.transport.nixl import NixlTransport
 
-    return NixlTransport()
+    return NixlTransport(gpu=cuda_address(device))
 
 
 class WorkerEndpoint:
@@ -47,12 +50,14 @@ class WorkerEndpoint:
 
     Args:
         adapter: The engine's ways; its model must be loaded.
-        new_transport: Makes a transport with a name that was never used.
+        new_transport: Makes a transport with a name that was never used; default: NIXL's.
     """
 
     def __init__(
-        self, adapter: EngineAdapter, new_transport: Callable[[], Transport] = nixl_transport
+        self, adapter: EngineAdapter, new_transport: Callable[[], Transport] | None = None
     ) -> None:
+        if new_transport is None:
+            new_transport = partial(nixl_transport, adapter.device)
         self.receiver = Receiver(adapter, new_transport)
 
     def call(self, command: str) -> None:
