@@ -240,16 +240,16 @@ class Session:
                         f"version {version}: {k} of {self.rounds} rounds in {timeout_s:.1f} s",
                         hint="raise Deadlines.write_s, or max_slot_bytes: fewer rounds",
                     )
+                # Round 1 is there; each later one takes the slots of the round that has just
+                # completed (WS-3), and is filled while this one is posted: that may block.
+                filled = None
+                if 1 <= k < self.rounds - 1:
+                    filled = aside.submit(self.slots.refill, source, k + 1)
                 # All earlier rounds have completed, so a last write's message follows them (WS-2).
                 for post in posts:
                     message = f"{self.epochs[post.agent]}:{version}:{self._plan.rank}"
                     message = f"ws:{message}" if post.last else f"part:{message}:{k}"
                     self._transport.post(post.write, message.encode())
-                # Round 1 is there; each later one takes the slots of the round that has just
-                # completed (WS-3).
-                filled = None
-                if 1 <= k < self.rounds - 1:
-                    filled = aside.submit(self.slots.refill, source, k + 1)
                 left_s = max(deadline - time.monotonic(), 0.0)
                 self._transport.wait([post.write for post in posts], timeout_s=left_s)
                 if filled is not None:
