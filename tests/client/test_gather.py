@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from test_push_ranks import make_job, rows, same_error, same_report, sharded
 from thread_ranks import ThreadRanks
 
 from weightsync.errors import InputError, RankFailedError
+from weightsync.transport.nixl import NixlTransport
 from weightsync_client import StateDictSource
 
 __all__ = ["make_job"]
@@ -144,3 +146,20 @@ def test_a_rank_that_leaves_in_the_exchange_ends_the_push_of_all(
     assert "rank 1" in str(results[0])
     assert "/pause" not in agent.calls
     assert agent.generating
+
+
+@pytest.mark.gpu
+@pytest.mark.nixl
+def test_small_tensors_on_gpus_are_gathered_and_land(
+    make_agent: Callable[..., Agent], make_job, weights: dict[str, torch.Tensor]
+) -> None:
+    agent = make_agent(make_transport=lambda: NixlTransport("worker"))
+    make = {rank: lambda rank=rank: NixlTransport(f"trainer{rank}") for rank in range(2)}
+    job = make_job(agent, ranks=2, coalesce_bytes=4096, transports=make)
+    shards = sharded(weights, 2)
+    for shard in shards:
+        for name, part in shard.items():
+            shard[name] = replace(part, tensor=part.tensor.cuda())
+    for _ in range(2):
+        same_report(job.push(shards))
+        assert arrived(agent, weights)

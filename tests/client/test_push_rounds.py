@@ -13,8 +13,13 @@ from test_push import Make, arrived
 from torch import nn
 
 from weightsync.errors import DeadlineError, InputError, NonFiniteError, PeerLostError, PlanError
+from weightsync.layout import CopyRecord, KernelRegion, WorkerLayout, WorkerPlace
+from weightsync.manifest import Manifest
+from weightsync.plan import build_plan
 from weightsync.transport.base import PreparedWrite
 from weightsync.transport.inmemory import Fabric, Faults, InMemoryTransport
+from weightsync.transport.nixl import NixlTransport
+from weightsync_client import Deadlines, Publisher
 from weightsync_client.session import Session
 from weightsync_client.slots import ALIGN_NBYTES, Slots
 from weightsync_client.source import as_source
@@ -227,3 +232,47 @@ def test_a_bound_that_is_too_small_says_the_least_that_works(
     assert report.rounds == 1024
     with pytest.raises(PlanError):
         make_publisher(agent, max_slot_bytes=least - 1).push({"w": torch.ones(3 << 20).byte()})
+
+
+@pytest.mark.gpu
+def test_a_refill_on_a_gpu_waits_for_no_work_of_the_trainer() -> None:
+    device = torch.device("cuda:0")
+    weights = {f"w{k}": torch.randn(1 << 16, device=device) for k in range(6)}
+    source = as_source(weights)
+    manifest = Manifest.of(source.manifest())
+    records = tuple(CopyRecord(n, (1 << 16,), 0, (1,), k, 0, (1,)) for k, n in enumerate(weights))
+    regions = tuple(KernelRegion(n, "bfloat16", (1 << 16,), 1 << 17, "direct", 0) for n in weights)
+    layout = WorkerLayout(WorkerPlace(), regions, records)
+    plan = build_plan(manifest, [layout], max_slot_nbytes=1 << 18)
+    slots = Slots(plan, manifest, device)
+    slots.fill(source, 0)
+    slots.refill(source, 2)  # the stream is made, the kernels are loaded
+    slots.fill(source, 0)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(4_000_000_000)  # seconds of work on the trainer's stream
+    training = torch.cuda.Event()
+    training.record()
+    slots.refill(source, 2)
+    assert not training.query(), "the refill waited for the trainer"
+    torch.cuda.synchronize()
+    third = [(w.slot_offset, w.nbytes) for w in plan.rounds[2].writes[0]]
+    landed = torch.cat([piece.view(torch.bfloat16) for piece in slots.pieces(third)])
+    assert torch.equal(landed, weights["w2"].bfloat16())
+    slots.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.nixl
+def test_rounds_from_a_gpu_land_whole(make_agent: Callable[..., Agent]) -> None:
+    agent = make_agent(n_workers=2, make_transport=lambda: NixlTransport("worker"))
+    weights = {f"w{k}": torch.randn(50_000 + k, device="cuda:0") for k in range(8)}
+    with Publisher(
+        [agent.url], progress="off", deadlines=Deadlines(write_s=20), max_slot_bytes=200_000
+    ) as publisher:
+        for version in (1, 2):
+            for tensor in weights.values():
+                tensor.normal_()
+            report = publisher.push(weights)
+            assert (report.version, report.rounds) == (version, 17)
+            cpu = {name: tensor.cpu() for name, tensor in weights.items()}
+            assert all(arrived(agent, cpu, worker=w) for w in range(2))
