@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 import pytest_asyncio
@@ -90,6 +91,19 @@ async def test_an_engine_that_goes_away_detaches_all_and_is_named(agent, engines
     assert engines[1].url in status["last_errors"][-1]["detail"]
     assert engines[0].url not in status["last_errors"][-1]["detail"]
     assert await agent.ready_code() == 503
+
+
+async def test_a_pause_ends_at_once_when_an_engine_dies_of_it(agent, engines, trainer):
+    """vLLM's server may live on, and never answer what its engine was asked."""
+    push = await trainer(agent).rendezvous()
+    engines[1].client.hang.add("pause")
+    started = time.monotonic()
+    pausing = asyncio.create_task(push.pause(expect=503, timeout_s=20))
+    await asyncio.sleep(0.2)
+    engines[1].client.errored = True
+    assert (await pausing)["code"] == "engine_detached"
+    assert time.monotonic() - started < 10
+    assert (await agent.status())["state"] == "detached"
 
 
 async def test_an_engine_that_restarts_with_old_weights_tears_and_stops_the_other(

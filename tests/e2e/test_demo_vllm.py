@@ -127,7 +127,6 @@ def test_two_api_servers_before_two_data_parallel_engines(tmp_path, monkeypatch)
         ("qwen3", {"pp": 2}),
         ("llama_tied", {"pp": 2}),
         ("qwen3_moe", {"tp": 2, "expert_parallel": True}),
-        ("qwen3_moe", {"dp": 2, "expert_parallel": True}),
     ],
     ids=lambda v: v if isinstance(v, str) else "-".join(v),
 )

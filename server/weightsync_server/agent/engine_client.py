@@ -7,6 +7,7 @@ say comes by its own ``POST`` to the agent, and the HTTP answer only tells that 
 from __future__ import annotations
 
 import asyncio
+import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ class EngineClient:
         #: how many workers answer each command, as the engine says
         self.workers = 1
         self._replies = replies
+        self._lost: set[asyncio.Future[None]] = set()
         self._max_unpacked_nbytes = max_unpacked_nbytes
         # the environment's proxies are not for loopback (trust_env)
         # and an idle connection is dropped before the engine's server drops it under a request.
@@ -166,6 +168,12 @@ class EngineClient:
         """Those of ``bodies`` that are for workers of this engine."""
         mine = f"engine{self.number}/"
         return {place: b for place, b in (bodies or {}).items() if place.startswith(mine)}
+
+    def lose(self) -> None:
+        """End all waits for its server: an engine is gone, and one that dies may never answer."""
+        for lost in self._lost:
+            if not lost.done():
+                lost.set_result(None)
 
     async def aclose(self) -> None:
         """End the connections."""
@@ -264,21 +272,35 @@ class EngineClient:
         self, method: str, name: str, body: bytes | dict[str, Any] | None, timeout_s: float
     ) -> dict[str, Any]:
         url = f"{self.base_url}/weightsync/{name}"
+        content = json.dumps(body).encode() if isinstance(body, dict) else body
+        request = asyncio.ensure_future(self._http.request(method, url, content=content))
+        lost = asyncio.get_running_loop().create_future()
+        self._lost.add(lost)
         try:
-            async with asyncio.timeout(timeout_s + _MARGIN_S):
-                response = await (
-                    self._http.request(method, url, content=body)
-                    if body is None or isinstance(body, bytes)
-                    else self._http.request(method, url, json=body)
-                )
-                answer = response.json()
-        except TimeoutError as error:
+            await asyncio.wait(
+                {request, lost},
+                timeout=timeout_s + _MARGIN_S,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            self._lost.discard(lost)
+            ended = request.done()
+            request.cancel()
+            await asyncio.gather(request, return_exceptions=True)
+        if lost.done() and not ended:
+            raise EngineDetachedError(
+                f"an engine went away while {name} ran", hint="GET /status tells when it is back"
+            )
+        if not ended:
             raise DeadlineError(
                 f"the engine at {self.base_url} did not answer {name} in {timeout_s:g} s",
                 hint="look at the engine's log",
                 phase=name,
                 timeout_s=timeout_s,
-            ) from error
+            )
+        try:
+            response = request.result()
+            answer = response.json()
         except httpx.HTTPError as error:
             raise EngineDetachedError(
                 f"the engine at {self.base_url} does not answer {name}: "

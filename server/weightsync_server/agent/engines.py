@@ -84,7 +84,9 @@ class Engines:
         )
 
     def close_soon(self, why: str) -> None:
-        """End all waits for workers: an engine is gone."""
+        """End all waits: an engine is gone."""
+        for client in self.clients:
+            client.lose()
         self._replies.fail_all(
             EngineDetachedError(
                 f"an engine went away: {why}", hint="GET /status tells when it is back"
