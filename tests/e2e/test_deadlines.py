@@ -89,7 +89,11 @@ def test_an_engine_that_stands_still_after_begin_is_torn_and_repaired(
 ) -> None:
     error = push_while_stopped(stack, stack.engine, phase)
     assert f"{stack.agent.url}: may be torn" in error.__notes__[-1]
-    who = {"begin": "worker engine0", "write": "writes to weightsync-", "commit": "the engine did"}
+    who = {
+        "begin": "worker engine0",
+        "write": "writes to weightsync-",
+        "commit": f"{stack.engine.url} did",
+    }
     assert who[error.context["phase"]] in str(error)
     stack.wait_for_state("torn")
     stack.assert_torn()
