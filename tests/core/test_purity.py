@@ -9,6 +9,7 @@ from pathlib import Path
 
 PURE = [
     "errors",
+    "lines",
     "dtypes",
     "geometry",
     "manifest",

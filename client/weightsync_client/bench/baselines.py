@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from weightsync_client.bench.part import Part
@@ -33,6 +34,7 @@ class Baselines:
         device: str,
         environs: Sequence[Mapping[str, str]] = ({}, {}),
     ) -> None:
+        self._processes = processes
         module = [sys.executable, "-m", "weightsync_client.bench.pair", device]
         self._source, self._target = (
             Part(processes, f"baseline {role}", [*module, role], deadline, environ)
@@ -112,3 +114,60 @@ class Baselines:
         for part in parts:
             part.tell(command, **facts)
         return [part.answer(timeout_s) for part in parts]
+
+
+class VllmNccl:
+    """vLLM's own NCCL weight transfer between two processes, both of vLLM's own code.
+
+    Args:
+        processes: Starts them.
+        deadline: Of every wait.
+        model: Folder with the model's config.
+        environ: What the engine's process sees beside what all see.
+    """
+
+    def __init__(
+        self, processes: Processes, deadline: Deadline, model: Path, environ: Mapping[str, str]
+    ) -> None:
+        self._processes = processes
+        command = [sys.executable, "-m", "weightsync_server.engines.vllm_nccl"]
+        self._engine = Part(
+            processes, "vllm-nccl engine", [*command, "engine", str(model)], deadline, environ
+        )
+        self._trainer = Part(
+            processes, "vllm-nccl trainer", [*command, "trainer", str(model)], deadline
+        )
+        self._weights: dict[str, Any] = {}
+        self._engine.tell("load")
+
+    def wait_loaded(self, timeout_s: float) -> None:
+        """Wait until the engine is up.
+
+        Raises:
+            WeightSyncError: It does not come up.
+        """
+        self._engine.answer(timeout_s)
+
+    def join(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> None:
+        """Let the two meet; the trainer makes bfloat16 weights of these names and shapes.
+
+        Raises:
+            WeightSyncError: They do not.
+        """
+        port = self._processes.reserve_port()
+        self._weights = {"names": names, "shapes": shapes}
+        self._trainer.tell("init", port=port, **self._weights)
+        self._engine.ask("init", timeout_s=_START_S, port=port)
+        self._trainer.answer(_START_S)
+
+    def transfer(self, *, packed: bool) -> float:
+        """Seconds of one transfer of all weights, as the engine's process sees it."""
+        self._trainer.tell("send", packed=packed)
+        answer = self._engine.ask("update", timeout_s=_CALL_S, packed=packed, **self._weights)
+        self._trainer.answer(_CALL_S)
+        return float(answer["seconds"])
+
+    def finish(self) -> None:
+        """Let both end."""
+        for part in (self._trainer, self._engine):
+            part.finish()

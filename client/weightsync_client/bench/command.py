@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
@@ -18,6 +18,7 @@ from rich.console import Console
 
 from weightsync.errors import InputError, WeightSyncError
 from weightsync_client.bench.figures import Figures
+from weightsync_client.bench.gpu import CASES, GpuOptions, run_gpu
 from weightsync_client.bench.loopback import LoopbackOptions, run_loopback
 from weightsync_client.bench.view import markdown, tables
 from weightsync_client.demo.stack import shared_environ
@@ -25,6 +26,7 @@ from weightsync_client.signals import sigterm_as_exit
 
 T = TypeVar("T", bound=BaseModel)
 _LOOPBACK = LoopbackOptions()
+_GPU = GpuOptions()
 
 bench = typer.Typer(
     help="Measure pushes beside their baselines, in the same run.", no_args_is_help=True
@@ -68,6 +70,46 @@ def loopback(
         with _folder() as folder:
             figures = run_loopback(options, folder, shared_environ(os.environ), told)
     _show(figures, as_json=as_json, as_markdown=as_markdown, plot=plot)
+
+
+@bench.command()
+def gpu(
+    rounds: Rounds = _GPU.rounds,
+    warmup: Warmup = _GPU.warmup,
+    case: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(CASES)}; repeat it for several.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for bench-gpu.json, .md, .png, and for logs.")
+    ] = None,
+    timeout: Timeout = _GPU.timeout_s,
+    device: Annotated[str, typer.Option(hidden=True)] = _GPU.device,
+    as_json: Json = False,
+    as_markdown: Markdown = False,
+    plot: Plot = None,
+) -> None:
+    """Push between GPUs into real vLLM: a model of the shape of Qwen3-8B, and one of many experts.
+
+    Beside it, in turn: a plain copy between the GPUs, a raw NIXL write in one descriptor, an NCCL
+    broadcast, vLLM's own NCCL weight transfer.  Trainer on the first GPU, engine on the second, or
+    both on the only one.  A case that fails is named, and the others go on.
+
+    Exit status: 0 the pushes were measured; 1 they failed; 2 bad arguments, or no GPU.
+    """
+    with _told(as_json or as_markdown) as told, _failing("gpu"):
+        _check_plot(plot)
+        options = _options(
+            GpuOptions, rounds=rounds, warmup=warmup, cases=case or CASES, timeout_s=timeout,
+            device=device,
+        )  # fmt: skip
+        with _folder() if out is None else nullcontext(out) as folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            figures = run_gpu(options, folder, shared_environ(os.environ), told)
+        if out is not None:
+            (out / "bench-gpu.md").write_text(markdown(figures.to_dict()))
+    _show(figures, as_json=as_json, as_markdown=as_markdown, plot=plot)
+    if set(options.cases) & figures.failed.keys():
+        raise typer.Exit(1)
 
 
 def _options(kind: type[T], **values: object) -> T:

@@ -24,6 +24,7 @@ from weightsync_client.report import PHASES
 
 _START_S = 120.0
 _CALL_S = 60.0
+_PUSH_S = 180.0
 _SWEEP_REPEATS = 3
 _MEMORY = Path("/dev/shm")  # noqa: S108  a fresh folder in it
 
@@ -182,7 +183,7 @@ BYTES_MOVED = (
 
 def push_seconds(trainer: Part, engine: Engine) -> dict[str, float]:
     """Change every weight and push once: seconds of the whole, of each phase, and of the CPU."""
-    report = trainer.ask("push", timeout_s=_CALL_S, agents=engine.agents)
+    report = trainer.ask("push", timeout_s=_PUSH_S, agents=engine.agents)
     return report_seconds(report)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from weightsync_client.bench.part import serve
+from weightsync.lines import serve
 from weightsync_client.bench.raw import RawNixl
 
 _JOIN_S = 60.0
@@ -80,8 +80,8 @@ class Pair:
     def copy_device(self, nbytes: int) -> dict[str, float]:
         """Seconds of one plain copy from this GPU to the next; within it, where it is alone."""
         if self._copies is None or self._copies[0].nbytes != nbytes:
-            last = torch.device("cuda", torch.cuda.device_count() - 1)
-            other = last if last.index == 0 else torch.device("cuda", 1)
+            self._copies = None
+            other = torch.device("cuda", min(1, torch.cuda.device_count() - 1))
             self._copies = (
                 torch.ones(nbytes, dtype=torch.uint8, device=self._device),
                 torch.ones(nbytes, dtype=torch.uint8, device=other),

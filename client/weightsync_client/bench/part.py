@@ -1,17 +1,12 @@
-"""A benchmark's processes are told what to do by lines of JSON, and answer with one each.
-
-:class:`Part` is the benchmark's end, :func:`serve` the process's.
-"""
+"""One process of a benchmark, at the benchmark's end: see :func:`weightsync.lines.serve`."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import logging
-import os
 import queue
-import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from weightsync.errors import DeadlineError, EngineError, WeightSyncError, from_problem
@@ -19,7 +14,6 @@ from weightsync_client.demo.processes import Deadline, Process, Processes, end_a
 
 _POLL_S = 0.5
 _EXIT_S = 20.0
-Handler = Callable[..., Mapping[str, Any]]
 
 
 class Part:
@@ -96,7 +90,8 @@ class Part:
     def finish(self) -> None:
         """Let it release its memory and end, or end it."""
         if self.process.popen.stdin is not None:
-            self.process.popen.stdin.close()
+            with contextlib.suppress(OSError):  # it is gone, with a command unread
+                self.process.popen.stdin.close()
         try:
             self.process.wait(_EXIT_S)
         except WeightSyncError:
@@ -113,31 +108,3 @@ class Part:
         except ValueError:
             pass  # it was killed within a line, or the benchmark has closed the pipe
         self._answers.put(None)
-
-
-def serve(handlers: Mapping[str, Handler]) -> int:
-    """Answer the commands on standard input until it ends; returns the exit status.
-
-    Standard output is for answers alone: what libraries print goes to standard error.
-    """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    with os.fdopen(os.dup(1), "w") as out:
-        os.dup2(2, 1)
-        for line in sys.stdin:
-            facts = json.loads(line)
-            try:
-                answer = dict(handlers[facts.pop("command")](**facts))
-            # a baseline may fail with anything: it must not take the benchmark along
-            except Exception as error:
-                logging.getLogger(__name__).exception("%s", line.strip())
-                answer = {"problem": _problem(error)}
-            out.write(json.dumps(answer) + "\n")
-            out.flush()
-    return 0
-
-
-def _problem(error: Exception) -> dict[str, Any]:
-    if not isinstance(error, WeightSyncError):
-        error = EngineError(f"{type(error).__name__}: {error}")
-    problem: dict[str, Any] = json.loads(json.dumps(error.to_problem(), default=str))
-    return problem

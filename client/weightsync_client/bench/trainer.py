@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from weightsync_client.bench.part import serve
+from weightsync.errors import InputError
+from weightsync.lines import serve
 from weightsync_client.publisher import Publisher
 from weightsync_client.source import as_source
 
@@ -48,6 +49,7 @@ class Trainer:
         manifest = as_source(self._model).manifest()
         return {
             "nbytes": sum(tensor.nbytes for tensor in manifest),
+            "names": [tensor.name for tensor in manifest],
             "shapes": [list(tensor.shape) for tensor in manifest],
         }
 
@@ -89,10 +91,16 @@ class Trainer:
 
 
 def _block_in_sync() -> None:
-    """Must come before this process has a CUDA context."""
-    torch.cuda.cudart()  # loads the library, makes no context
+    """Must come before this process has a CUDA context.
+
+    Raises:
+        InputError: CUDA refuses.
+    """
+    # torch has loaded it: the soname finds that very copy
     name = f"libcudart.so.{(torch.version.cuda or '13').split('.')[0]}"
-    ctypes.CDLL(name).cudaSetDeviceFlags(_BLOCKING_SYNC)
+    code = ctypes.CDLL(name).cudaSetDeviceFlags(_BLOCKING_SYNC)
+    if code:
+        raise InputError(f"cudaSetDeviceFlags failed (code {code})")
 
 
 def main(argv: Sequence[str]) -> int:

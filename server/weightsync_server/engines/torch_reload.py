@@ -1,14 +1,11 @@
 """The embedded torch engine's own loader as a process, to be timed: no push, a file instead.
 
-``python -m weightsync_server.engines.torch_reload MODEL``: each line of standard input, an object
-with the ``path`` of a safetensors file, loads that file into the live weights and is answered with
-``{"safetensors_reload": seconds}``.
+``python -m weightsync_server.engines.torch_reload MODEL`` answers the command ``reload`` with the
+seconds that it took to load a safetensors file into the live weights.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +13,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from weightsync.lines import serve
 from weightsync_server.engines.torch_engine import TorchAdapter
 
 
@@ -28,15 +26,9 @@ def reload(adapter: TorchAdapter, path: Path) -> float:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Command line of the process; ends with its input."""
-    with os.fdopen(os.dup(1), "w") as out:
-        os.dup2(2, 1)  # what libraries print is no answer
-        adapter = TorchAdapter(Path(argv[0]))
-        for line in sys.stdin:
-            seconds = reload(adapter, Path(json.loads(line)["path"]))
-            out.write(json.dumps({"safetensors_reload": seconds}) + "\n")
-            out.flush()
-    return 0
+    """Command line of the process; returns its exit status."""
+    adapter = TorchAdapter(Path(argv[0]))
+    return serve({"reload": lambda path: {"safetensors_reload": reload(adapter, Path(path))}})
 
 
 if __name__ == "__main__":
