@@ -6,7 +6,7 @@ ARGS ?=
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo plan-scale bench test test-slow test-vllm test-gpu pytest lint format wheel constraints clean
+.PHONY: help venv demo plan-scale bench bench-gpu test test-slow test-vllm test-gpu pytest lint format wheel constraints clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ plan-scale: venv ## plan a model of a trillion parameters, and show how planning
 
 bench: venv ## measure a push on this machine's CPU, beside raw NIXL, gloo and safetensors
 	$(BIN)/weightsync bench loopback $(ARGS)
+
+bench-gpu: ## measure pushes between CUDA GPUs into vLLM, with the python that is there (PYTHON=python3)
+	PYTHONPATH=.:server:client:$$PYTHONPATH $(or $(PYTHON),python3) -m weightsync_client bench gpu $(ARGS)
 
 test: lint pytest ## lint, types, import contracts, and the tests that CI runs
 

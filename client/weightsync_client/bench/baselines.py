@@ -40,7 +40,6 @@ class Baselines:
             Part(processes, f"baseline {role}", [*module, role], deadline, environ)
             for role, environ in zip(("source", "target"), environs, strict=True)
         )
-        self._processes = processes
         self._nbytes = 0
 
     def open_raw(self, nbytes: int) -> None:

@@ -108,7 +108,7 @@ def gpu(
         if out is not None:
             (out / "bench-gpu.md").write_text(markdown(figures.to_dict()))
     _show(figures, as_json=as_json, as_markdown=as_markdown, plot=plot)
-    if set(options.cases) & figures.failed.keys():
+    if ({*options.cases} - {"vllm_nccl"}) & figures.failed.keys():  # that one is a baseline
         raise typer.Exit(1)
 
 

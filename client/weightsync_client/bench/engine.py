@@ -40,7 +40,7 @@ class Engine:
             command += ["--load-format", "dummy"]
         self._process: Process = processes.start(f"{name} engine", command, engine_environ(options))
         self._agent = DemoAgent(f"{name} agent", processes, deadline)
-        self._agent.start(f"http://127.0.0.1:{port}")
+        self._agent.start([f"http://127.0.0.1:{port}"])
 
     @property
     def agents(self) -> list[str]:
