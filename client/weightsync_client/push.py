@@ -185,6 +185,8 @@ class Push:
             self._leave(error)
             raise
         settings.progress.done(report)
+        if start.fresh:  # the first write of an epoch tells whether it took the right wire
+            session.warn_if_slow(held.ranks.world_size)
         return report
 
     def _share_scales(self) -> None:

@@ -18,7 +18,9 @@ from weightsync.errors import DeadlineError, LayoutError
 from weightsync.layout import WorkerLayout
 from weightsync.manifest import Manifest
 from weightsync.plan import TransportPlan
+from weightsync.topology import cuda_address
 from weightsync.transport.base import PreparedWrite, Side, Transport, WriteOp
+from weightsync.transport.slow_path import warn_if_slow
 from weightsync_client.declaration import Declaration
 from weightsync_client.gather import Gather
 from weightsync_client.slots import Slots, refuse_non_finite
@@ -100,6 +102,7 @@ class Session:
         self.rounds = len(plan.rounds)
         self.job = JobSize(self.nbytes, self.rounds)
         self._plan = plan
+        self._wrote_s = 0.0
         self._staged_only = staged_only
         self.workers = workers
         self._posts: list[list[_Post]] = [[] for _ in plan.rounds]
@@ -231,7 +234,8 @@ class Session:
             TransportError, DeadlineError: See :class:`weightsync.transport.base.Transport`.  After
                 any error, KeyboardInterrupt too, writes may be in flight: close the session.
         """
-        deadline = time.monotonic() + timeout_s
+        started = time.monotonic()
+        deadline = started + timeout_s
         # Its end waits for the fill, whatever else went wrong: nobody frees slots that are filled.
         with ThreadPoolExecutor(1, "weightsync-fill") as aside:
             for k, posts in enumerate(self._posts):
@@ -254,6 +258,21 @@ class Session:
                 self._transport.wait([post.write for post in posts], timeout_s=left_s)
                 if filled is not None:
                     filled.result()
+        self._wrote_s = time.monotonic() - started
+
+    def warn_if_slow(self, ranks: int) -> None:
+        """Warn if the last write of this rank, one of ``ranks``, left the fast path.
+
+        See :func:`weightsync.transport.slow_path.warn_if_slow`.  With more than two rounds the
+        write waits for fills, and tells nothing of the wire.
+        """
+        if self.rounds <= 2:
+            warn_if_slow(
+                self.nbytes,
+                self._wrote_s,
+                cuda_address(self.slots.slab.device),
+                writers_per_worker=ranks / max(len(self.workers), 1),
+            )
 
     def close(self) -> None:
         """Give up what is in flight and release everything.  Safe to call twice."""

@@ -30,6 +30,7 @@ PURE = [
     "worker_messages",
     "topology",
     "transport.base",
+    "transport.slow_path",
     "state",
 ]
 HEAVY = ["torch", "nixl", "fastapi", "vllm", "transformers", "triton", "httpx"]
