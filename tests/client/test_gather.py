@@ -15,8 +15,9 @@ from test_push_ranks import make_job, rows, same_error, same_report, sharded
 from thread_ranks import ThreadRanks
 
 from weightsync.errors import InputError, RankFailedError
+from weightsync.quantize import quantize
 from weightsync.transport.nixl import NixlTransport
-from weightsync_client import StateDictSource
+from weightsync_client import QuantizationSpec, StateDictSource
 
 __all__ = ["make_job"]
 
@@ -89,6 +90,30 @@ def test_gathered_tensors_go_through_bounded_slots(
         assert all(arrived(agent, tensors, worker=w) for w in range(2))
         for tensor in tensors.values():
             tensor.add_(1)
+
+
+@pytest.mark.parametrize("coalesce_bytes", [0, 1 << 20])
+def test_fp8_blocks_that_shards_cut_go_the_same_way(
+    coalesce_bytes: int, agent: Agent, make_job
+) -> None:
+    masters = {"a.weight": torch.randn(300, 200), "b.weight": torch.randn(40, 130)}
+    job = make_job(
+        agent,
+        ranks=3,
+        coalesce_bytes=coalesce_bytes,
+        max_slot_bytes=8192,
+        quantization=QuantizationSpec(),
+    )
+    for _ in range(2):
+        report = same_report(job.push(sharded(masters, 3)))
+        assert report.rounds > 2
+        for name, master in masters.items():
+            wanted = quantize(master)
+            assert arrived(agent, {f"{name}_scale_inv": wanted.scale_inv})
+            assert torch.equal(
+                agent.workers[0].buffers[name], wanted.weight.view(-1).view(torch.uint8)
+            )
+            master.mul_(1.5)
 
 
 def test_the_threshold_of_rank_0_counts_for_all(agent: Agent, make_job, weights) -> None:
