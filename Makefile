@@ -21,8 +21,9 @@ plan-scale: venv ## plan a model of a trillion parameters, and show how planning
 	$(BIN)/weightsync plan --model-config docs/examples/moe-1t.config.json \
 	  --trainer fsdp=256,ep=8 --inference tp=8,dp=16,ep=8 --scaling $(ARGS)
 
-bench: venv ## measure a push on this machine's CPU, beside raw NIXL, gloo and safetensors
+bench: venv ## measure pushes on this machine's CPU beside their baselines, and planning
 	$(BIN)/weightsync bench loopback $(ARGS)
+	$(BIN)/weightsync bench plan
 
 bench-gpu: ## measure pushes between CUDA GPUs into vLLM, with the python that is there (PYTHON=python3)
 	PYTHONPATH=.:server:client:$$PYTHONPATH $(or $(PYTHON),python3) -m weightsync_client bench gpu $(ARGS)

@@ -29,7 +29,8 @@ from weightsync.plan import COALESCE_NBYTES, Job
 from weightsync_client.report import human_bytes, human_seconds
 
 #: parts of the model's layers that ``--scaling`` plans
-_SCALES = (0.125, 0.25, 0.5, 1.0)
+#: parts of a model's layers at which planning time is shown
+SCALES = (0.125, 0.25, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -184,11 +185,11 @@ def plan(
         config = ModelConfig.read(model_config)
         grids = trainer_grid(trainer), inference_grid(inference)
         layers = config.size("num_hidden_layers")
-        sizes = sorted({max(1, round(layers * part)) for part in _SCALES}) if scaling else [layers]
+        sizes = sorted({max(1, round(layers * part)) for part in SCALES}) if scaling else [layers]
         outcomes = []
         for size in sizes:
             cut = ModelConfig({**config.values, "num_hidden_layers": size}, config.where)
-            with _no_collector():
+            with no_collector():
                 outcomes.append(
                     plan_job(
                         cut,
@@ -227,7 +228,7 @@ def _positive(option: str, value: float) -> None:
 
 
 @contextmanager
-def _no_collector() -> Iterator[None]:
+def no_collector() -> Iterator[None]:
     """Millions of small records and no cycles: the collector would only walk them."""
     was = gc.isenabled()
     gc.disable()

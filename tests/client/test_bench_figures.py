@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from weightsync.errors import EngineError
 from weightsync_client.bench import models
 from weightsync_client.bench.figures import Figures, Target, run_rounds
 from weightsync_client.bench.loopback import judge
+from weightsync_client.bench.plot import draw
 from weightsync_client.bench.view import markdown, tables
+from weightsync_client.cli import app
 
 NBYTES = {"push": 800, "write": 800, "raw_nixl_write": 1600}
 
@@ -104,3 +108,54 @@ def test_a_model_has_about_the_bytes_that_were_asked_for(nbytes: int) -> None:
     width, layers = config["hidden_size"], config["num_hidden_layers"]
     made = 2 * (layers * 11.5 * width * width + 2 * config["vocab_size"] * width)
     assert made == pytest.approx(nbytes, rel=0.3) or layers == 1
+
+
+def test_planning_is_measured_for_parts_of_a_model(tmp_path: Path) -> None:
+    path = models.write_config(tmp_path, models.shrunk(models.many_experts(), layers=8))
+    options = ["--model-config", str(path), "--trainer", "fsdp=4,ep=2", "--inference", "tp=2,dp=2"]
+    run = CliRunner().invoke(app, ["bench", "plan", *options, "--rounds", "2", "--json"])
+    assert run.exit_code == 0, run.stderr
+    said = json.loads(run.stdout)
+    assert [size["layers"] for size in said["sizes"]] == [1, 2, 4, 8]
+    first, last = said["sizes"][0], said["sizes"][-1]
+    assert last["tensors"] > 4 * first["tensors"]
+    assert len(last["plan"]["values"]) == len(last["proof"]["values"]) == 2
+    assert said["ratios"]["tensors_planned_per_s_all_layers_vs_fewest"] == pytest.approx(
+        last["tensors"] / last["plan"]["median"] / (first["tensors"] / first["plan"]["median"])
+    )
+
+
+def test_a_stored_answer_gives_the_same_tables(tmp_path: Path) -> None:
+    figures = measured({"write": [0.001], "raw_nixl_write": [0.004]})
+    judge(figures)
+    path = tmp_path / "figures.json"
+    path.write_text(json.dumps(figures.to_dict()))
+    run = CliRunner().invoke(app, ["bench", "report", str(path)])
+    assert (run.exit_code, run.stdout) == (0, markdown(figures.to_dict()))
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"ratios": {}}'])
+def test_a_file_without_figures_ends_with_2(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    path.write_text(text)
+    run = CliRunner().invoke(app, ["bench", "report", str(path)])
+    assert (run.exit_code, run.stdout) == (2, "")
+    assert str(path) in run.stderr
+
+
+def test_a_plot_needs_matplotlib_and_says_so_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weightsync_client.bench.plot.find_spec", lambda _: None)
+    run = CliRunner().invoke(app, ["bench", "loopback", "--plot", str(tmp_path / "out.png")])
+    assert (run.exit_code, run.stdout) == (2, "")
+    assert "pip install 'weightsync[bench]'" in run.stderr
+
+
+def test_every_kind_of_figures_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    figures = measured({"write": [0.001, 0.002], "raw_nixl_write": [0.004], "push": [0.1]})
+    figures.descriptors = [{"nbytes": 1 << k, "gbytes_per_s": float(k)} for k in (16, 18)]
+    path = tmp_path / "out.png"
+    draw(figures.to_dict(), path)
+    assert path.read_bytes().startswith(b"\x89PNG")

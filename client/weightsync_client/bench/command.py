@@ -7,19 +7,19 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
 from weightsync.errors import InputError, WeightSyncError
-from weightsync_client.bench.figures import Figures
 from weightsync_client.bench.gpu import CASES, GpuOptions, run_gpu
 from weightsync_client.bench.loopback import LoopbackOptions, run_loopback
+from weightsync_client.bench.plan import PlanOptions, run_plan
 from weightsync_client.bench.view import markdown, tables
 from weightsync_client.demo.stack import shared_environ
 from weightsync_client.signals import sigterm_as_exit
@@ -27,6 +27,7 @@ from weightsync_client.signals import sigterm_as_exit
 T = TypeVar("T", bound=BaseModel)
 _LOOPBACK = LoopbackOptions()
 _GPU = GpuOptions()
+_PLAN = PlanOptions()
 
 bench = typer.Typer(
     help="Measure pushes beside their baselines, in the same run.", no_args_is_help=True
@@ -69,7 +70,7 @@ def loopback(
         )
         with _folder() as folder:
             figures = run_loopback(options, folder, shared_environ(os.environ), told)
-    _show(figures, as_json=as_json, as_markdown=as_markdown, plot=plot)
+    _show(figures.to_dict(), as_json=as_json, as_markdown=as_markdown, plot=plot)
 
 
 @bench.command()
@@ -107,9 +108,67 @@ def gpu(
             figures = run_gpu(options, folder, shared_environ(os.environ), told)
         if out is not None:
             (out / "bench-gpu.md").write_text(markdown(figures.to_dict()))
-    _show(figures, as_json=as_json, as_markdown=as_markdown, plot=plot)
+    _show(figures.to_dict(), as_json=as_json, as_markdown=as_markdown, plot=plot)
     if ({*options.cases} - {"vllm_nccl"}) & figures.failed.keys():  # that one is a baseline
         raise typer.Exit(1)
+
+
+@bench.command()
+def plan(
+    model_config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CONFIG.json",
+            help="A Hugging Face config.json.  [default: 128 experts in each of 48 layers]",
+        ),
+    ] = None,
+    trainer: Annotated[str, typer.Option(metavar="KEY=N,...", help="Its ranks.")] = _PLAN.trainer,
+    inference: Annotated[
+        str, typer.Option(metavar="KEY=N,...", help="The engines' workers.")
+    ] = _PLAN.inference,
+    rounds: Rounds = _PLAN.rounds,
+    warmup: Warmup = _PLAN.warmup,
+    as_json: Json = False,
+    as_markdown: Markdown = False,
+    plot: Plot = None,
+) -> None:
+    """Plan a push and prove it whole, for parts of a model: how the time grows with the tensors.
+
+    Exit status: 0 measured; 1 a plan is not whole; 2 bad arguments.
+    """
+    with _told(as_json or as_markdown) as told, _failing("plan"):
+        _check_plot(plot)
+        options = _options(
+            PlanOptions, config_file=model_config, trainer=trainer, inference=inference,
+            rounds=rounds, warmup=warmup,
+        )  # fmt: skip
+        figures = run_plan(options, told)
+    _show(figures.to_dict(), as_json=as_json, as_markdown=as_markdown, plot=plot)
+
+
+@bench.command()
+def report(
+    figures: Annotated[Path, typer.Argument(metavar="FIGURES.json", help="What --json printed.")],
+    plot: Plot = None,
+) -> None:
+    """Print the tables of a benchmark that was run elsewhere, in Markdown; draw it.
+
+    Exit status: 0 done; 2 bad arguments.
+    """
+    with _failing("report"):
+        _check_plot(plot)
+        answer = _stored(figures)
+    _show(answer, as_json=False, as_markdown=True, plot=plot)
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    try:
+        answer = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    if not isinstance(answer, dict) or "bench" not in answer:
+        raise InputError(f"{path} holds no figures of a benchmark", hint="name what --json printed")
+    return answer
 
 
 def _options(kind: type[T], **values: object) -> T:
@@ -123,8 +182,9 @@ def _options(kind: type[T], **values: object) -> T:
         ) from error
 
 
-def _show(figures: Figures, *, as_json: bool, as_markdown: bool, plot: Path | None) -> None:
-    answer = figures.to_dict()
+def _show(
+    answer: Mapping[str, Any], *, as_json: bool, as_markdown: bool, plot: Path | None
+) -> None:
     if as_json:
         sys.stdout.write(json.dumps(answer) + "\n")
     elif as_markdown:

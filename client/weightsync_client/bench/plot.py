@@ -37,45 +37,58 @@ def draw(answer: Mapping[str, Any], path: Path) -> None:
     """Draw what ``--json`` prints into a PNG file."""
     from matplotlib.figure import Figure
 
-    rows = answer["descriptors"]
+    panels = [
+        panel
+        for panel, key in (
+            (_durations, "seconds"), (_descriptors, "descriptors"), (_planning, "sizes")
+        )
+        if answer.get(key)
+    ]  # fmt: skip
+    figure = Figure(
+        figsize=(5.5 * max(len(panels), 1), 4.5), dpi=_DOTS_PER_INCH, layout="constrained"
+    )
+    for k, panel in enumerate(panels):
+        panel(figure.add_subplot(1, len(panels), k + 1), answer)
+    figure.savefig(path)
+
+
+def _durations(axes: Any, answer: Mapping[str, Any]) -> None:
     series = answer["seconds"]
-    figure = Figure(figsize=(11, 4.2), dpi=_DOTS_PER_INCH, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    phases = [phase for phase in PHASES if phase in series]
-    others = [name for name, each in series.items() if each["nbytes"] and name not in phases]
-    names = [*phases, *others] if phases else list(series)
+    ours = [name for name in (*PHASES, "push") if name in series]
+    names = [*ours, *(n for n, one in series.items() if one["nbytes"] and n not in ours)]
     medians = [series[name]["median"] * 1e3 for name in names]
-    errors = [
+    whiskers = [
         [(series[name]["median"] - series[name]["low"]) * 1e3 for name in names],
         [(series[name]["high"] - series[name]["median"]) * 1e3 for name in names],
     ]
-    colors = ["tab:blue" if name in (*PHASES, "push") else "tab:gray" for name in names]
-    left.barh(names, medians, xerr=errors, color=colors)
-    left.invert_yaxis()
-    left.set_xlabel("milliseconds (median; whiskers: lowest and highest)")
-    left.set_title(f"bench {answer['bench']}: phases of a push, and baselines")
-    if rows:
-        right.plot(
-            [row["nbytes"] for row in rows],
-            [row["gbytes_per_s"] for row in rows],
-            marker="o",
-            color="tab:gray",
-            label="raw NIXL",
-        )
-        write = series.get("write")
-        if write is not None:
-            rate = write["gbytes_per_s"]
-            right.axhline(rate, color="tab:blue", label="write phase of a push")
-        right.set_xscale("log", base=2)
-        right.set_ylim(bottom=0)
-        right.set_xlabel("bytes of a descriptor")
-        right.legend()
-    elif answer.get("sizes"):
-        sizes = answer["sizes"]
-        for what in ("plan", "proof"):
-            medians = [size[what]["median"] for size in sizes]
-            right.plot([size["tensors"] for size in sizes], medians, marker="o", label=what)
-        right.set_xlabel("checkpoint tensors")
-        right.legend()
-    right.set_ylabel("GB/s" if rows else "seconds")
-    figure.savefig(path)
+    axes.barh(names, medians, color=["tab:blue" if name in ours else "silver" for name in names])
+    axes.errorbar(medians, names, xerr=whiskers, fmt="none", color="black", linewidth=1)
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds: median, lowest, highest")
+    axes.set_title(f"bench {answer['bench']}: a push and its baselines")
+
+
+def _descriptors(axes: Any, answer: Mapping[str, Any]) -> None:
+    rows, write = answer["descriptors"], answer["seconds"].get("write")
+    sizes = [row["nbytes"] for row in rows]
+    axes.plot(sizes, [row["gbytes_per_s"] for row in rows], "o-", color="gray", label="raw NIXL")
+    if write is not None:
+        axes.axhline(write["gbytes_per_s"], color="tab:blue", label="write phase of a push")
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("bytes of a descriptor")
+    axes.set_ylabel("GB/s")
+    axes.set_title("Rate of a write in pieces")
+    axes.legend()
+
+
+def _planning(axes: Any, answer: Mapping[str, Any]) -> None:
+    sizes = answer["sizes"]
+    for what in ("plan", "proof"):
+        medians = [size[what]["median"] for size in sizes]
+        axes.plot([size["tensors"] for size in sizes], medians, "o-", label=what)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("checkpoint tensors")
+    axes.set_ylabel("seconds")
+    axes.set_title("bench plan")
+    axes.legend()
