@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from weightsync_client.bench.command import bench
+from weightsync_client.commands.doctor import doctor
 from weightsync_client.commands.fleet import pause, resume, status
 from weightsync_client.commands.weights import explain_command, push, verify
 from weightsync_client.demo.options import DemoOptions
@@ -147,7 +148,7 @@ def demo(
 
 app.command(name="plan")(plan)
 app.add_typer(bench, name="bench")
-for _command in (status, pause, resume, push, verify):
+for _command in (status, pause, resume, push, verify, doctor):
     app.command()(_command)
 app.command(name="explain")(explain_command)
 

@@ -32,7 +32,7 @@ def test_the_commands_run_as_written(
     save_in_two(stack.weights(), stack.checkpoint, tmp_path / "new-checkpoint")
     monkeypatch.chdir(tmp_path)
     commands = [line for block in BLOCKS for line in block.splitlines()]
-    assert len(commands) == 7
+    assert len(commands) == 8
     out = ""
     for command in commands:
         _, *arguments = shlex.split(command.replace("http://127.0.0.1:9100", stack.agent.url))

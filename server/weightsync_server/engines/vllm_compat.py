@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from weightsync import TESTED_VLLM
 from weightsync.errors import EngineError
 from weightsync.protocol import PauseMode
 from weightsync_server.engines.vllm_deployment import (
@@ -28,7 +29,7 @@ from weightsync_server.engines.vllm_deployment import (
     deployment_warnings,
 )
 
-TESTED_VERSIONS = ("0.24", "0.32")
+TESTED_VERSIONS = TESTED_VLLM
 
 log = logging.getLogger(__name__)
 
