@@ -8,16 +8,18 @@ one of its own.
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TextIO
 
-from weightsync.errors import WeightSyncError
+from weightsync.errors import TransportError, WeightSyncError
 from weightsync.transport.base import LocalMemory, Side, WriteOp
 from weightsync_client.doctor.finding import Finding, Severity
 from weightsync_client.report import human_bytes
@@ -89,37 +91,44 @@ def chosen(log: str) -> Iterator[Finding]:
 
 
 def _run(env: Mapping[str, str], kind: str, timeout_s: float) -> tuple[dict[str, Any], str]:
+    """Both processes; the source's answer, and its log.
+
+    Raises:
+        ValueError: One ended without an answer; the message is the last line of its log.
+    """
     command = [sys.executable, "-m", __spec__.name]
-    with subprocess.Popen(
-        [*command, "target", kind], env=env, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    ) as target:  # fmt: skip
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(
+            [*command, "target", kind], env=env, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+        ) as target,
+    ):  # fmt: skip
         stop = threading.Timer(timeout_s, target.kill)  # ends the read below, too (WS-6)
         stop.start()
         try:
-            offer = _line(target.stdout or iter(()))
+            offer = _answer(target.stdout or (), log)
             done = subprocess.run(
-                [*command, "source", kind], env=env, text=True, input=offer + "\n",
+                [*command, "source", kind], env=env, text=True, input=json.dumps(offer) + "\n",
                 capture_output=True, timeout=timeout_s, check=False,
             )  # fmt: skip
         finally:
             stop.cancel()
             target.kill()
-    try:
-        answer: dict[str, Any] = json.loads(_line(iter(done.stdout.splitlines())))
-    except ValueError:
-        tail = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
-        raise ValueError(tail[0]) from None
-    if "error" in answer:
-        raise ValueError(answer["error"])
-    return answer, done.stderr
+    return _answer(done.stdout.splitlines(), io.StringIO(done.stderr)), done.stderr
 
 
-def _line(lines: Iterator[str]) -> str:
+def _answer(lines: Iterable[str], log: TextIO) -> dict[str, Any]:
+    """The JSON object that a process answers with."""
     for line in lines:
         if line.startswith("{"):
-            return line.strip()
-    raise ValueError("the process ended without an answer")
+            answer: dict[str, Any] = json.loads(line)
+            if "error" in answer:
+                raise ValueError(answer["error"])
+            return answer
+    log.seek(0)
+    last = log.read().strip().splitlines()[-1:]
+    raise ValueError(last[0] if last else "the process ended without a word")
 
 
 # ------------------------------------------------------------------ the two processes
@@ -135,6 +144,10 @@ def _memory(kind: str, last: bool) -> tuple[Any, LocalMemory, Callable[[], None]
         return data, LocalMemory(data.ctypes.data, nbytes), lambda: None
     import torch
 
+    if not torch.cuda.is_available():
+        raise TransportError(
+            "torch cannot use the GPU", hint="is it a CUDA build, and the driver loaded?"
+        )
     device = torch.cuda.device_count() - 1 if last else 0
     tensor = torch.ones(nbytes, dtype=torch.uint8, device=torch.device("cuda", device))
     torch.cuda.synchronize(device)
