@@ -53,6 +53,11 @@ def test_two_fsdp2_ranks_over_nccl_equal_a_fresh_load(kind: Kind, tp: int, tmp_p
     demo(kind, tmp_path, trainer_ranks=2, tp=tp)
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+def test_two_fsdp2_ranks_feed_an_fp8_engine(kind: Kind, tmp_path: Path):
+    demo(kind, tmp_path, trainer_ranks=2, quantization="fp8")
+
+
 @pytest.mark.parametrize(
     ("kind", "split"),
     [
