@@ -25,6 +25,10 @@ def test_every_command_and_exit_status_is_told() -> None:
         assert f"| {status} |" in DOC
 
 
+def test_the_shells_complete_commands() -> None:
+    assert "--install-completion" in invoke("--help").out
+
+
 @pytest.mark.nixl
 def test_the_commands_run_as_written(stack: Stack, tmp_path: Path) -> None:
     folder = save_in_two(stack.weights(), stack.checkpoint, tmp_path / "new-checkpoint")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.support.cli import Run
 from tests.support.stack import Stack, save
 from tests.support.torch_host import free_port
+from weightsync_client.transaction import Transaction
 
 pytestmark = pytest.mark.nixl
 REPORT_FIELDS = {"version", "nbytes", "fill_s", "write_s", "paused_s", "total_s", "agents"}
@@ -57,7 +59,19 @@ def test_verify_names_the_one_tensor_that_differs(
     told = run("verify", folder, *agent, "--max-slot-bytes", 2**20)
     assert told.code == 1
     assert f"(from {name})" in told.out
-    assert "1 kernel tensors differ" in told.out
+    assert "compared: 1 differ" in told.out
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_push_that_is_ended_by_a_signal_leaves_the_engine_as_it_was(
+    stack: Stack, run: Run, second: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    held = stack.held()
+    # the engine is paused by then
+    monkeypatch.setattr(Transaction, "begin", lambda _: signal.raise_signal(number))
+    done = run("push", second, "--agent", stack.agent.url)
+    assert done.code == code
+    stack.assert_serves(held)
 
 
 def test_a_push_by_hand_is_refused_while_a_person_paused_the_engine(

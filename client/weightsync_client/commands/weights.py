@@ -28,6 +28,7 @@ from weightsync_client.control import Fleet
 from weightsync_client.explain import Explanation, Part, explain
 from weightsync_client.report import human_bytes
 from weightsync_client.settings import Deadlines
+from weightsync_client.signals import sigterm_as_exit
 
 #: what verify packs at a time: nobody waits for it, so it need not hold the model
 _VERIFY_SLOT_NBYTES = 1 << 30
@@ -59,7 +60,8 @@ def push(
 
     Exit status: 0 every engine serves it; 1 the push failed; 2 bad arguments, or no checkpoint for
     these engines; 3 an engine refused tensors; 4 an agent does not answer, or does not take the
-    token; 130 ended by Ctrl-C.  After all but 0 the message tells what every engine has now.
+    token; 130 and 143 ended by Ctrl-C and by SIGTERM.  After all but 0 the message tells what every
+    engine has now.
     """
     with errors_told("push", as_json=as_json):
         from weightsync_client.checkpoint import CheckpointSource
@@ -67,16 +69,19 @@ def push(
 
         source = CheckpointSource(checkpoint)
         shown = sys.stderr.isatty() and not as_json
-        with Publisher(
-            agents,
-            token=read_token(token_file) or "",
-            pause_mode=pause_mode.value,
-            max_slot_bytes=max_slot_bytes,
-            check_finite=check_finite,
-            ignore=ignore or (),
-            progress="terminal" if shown else "off",
-            group=None,
-        ) as publisher:
+        with (
+            Publisher(
+                agents,
+                token=read_token(token_file) or "",
+                pause_mode=pause_mode.value,
+                max_slot_bytes=max_slot_bytes,
+                check_finite=check_finite,
+                ignore=ignore or (),
+                progress="terminal" if shown else "off",
+                group=None,
+            ) as publisher,
+            sigterm_as_exit(),
+        ):
             report = publisher.push(source, version)
         if as_json:
             print_json(report.to_dict())
@@ -122,7 +127,7 @@ def verify(
     if as_json:
         print_json({"equal": equal, "agents": [v.to_dict() for v in verdicts]})
     for verdict in () if as_json else verdicts:
-        what = "equal" if verdict.equal else f"{len(verdict.differs)} kernel tensors differ"
+        what = "equal" if verdict.equal else f"{len(verdict.differs)} differ"
         typer.echo(
             f"{verdict.url}: version {verdict.version}, {verdict.kernel_tensors} kernel tensors "
             f"compared: {what}"
