@@ -6,7 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from weightsync_client.conversion import ConversionSpec, Rule, register_conversion
     from weightsync_client.held import LocalShard
+    from weightsync_client.operations import Concat, Rearrange, Split, Stack, Unstack
     from weightsync_client.publisher import Publisher
     from weightsync_client.quantization import QuantizationSpec
     from weightsync_client.report import AgentOutcome, PushReport
@@ -15,27 +17,43 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AgentOutcome",
+    "Concat",
+    "ConversionSpec",
     "Deadlines",
     "LocalShard",
     "ModuleSource",
     "Publisher",
     "PushReport",
     "QuantizationSpec",
+    "Rearrange",
+    "Rule",
+    "Split",
+    "Stack",
     "StateDictSource",
+    "Unstack",
     "WeightSource",
+    "register_conversion",
 ]
 
 #: torch takes seconds to import, and ``weightsync plan`` needs none of it
 _HOMES = {
     "AgentOutcome": "report",
+    "Concat": "operations",
+    "ConversionSpec": "conversion",
     "Deadlines": "settings",
     "LocalShard": "held",
     "ModuleSource": "source",
     "Publisher": "publisher",
     "PushReport": "report",
     "QuantizationSpec": "quantization",
+    "Rearrange": "operations",
+    "Rule": "conversion",
+    "Split": "operations",
+    "Stack": "operations",
     "StateDictSource": "source",
+    "Unstack": "operations",
     "WeightSource": "source",
+    "register_conversion": "conversion",
 }
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from weightsync.digest import digests
-from weightsync.errors import ManifestError
+from weightsync.errors import InputError, ManifestError
 from weightsync.geometry import Box
 from weightsync.manifest import Manifest, TensorSpec
+from weightsync_client.converted import ConvertedSource
 from weightsync_client.source import WeightSource
 
 
@@ -46,11 +47,13 @@ class Introduction:
     """What a rank brings to a rendezvous.
 
     ``copies`` are the digests of the tensors that it has whole: where several ranks have one, those
-    must be equal.
+    must be equal.  ``unmatched`` are rules of its conversion that take nothing here, with names
+    that are near.
     """
 
     declaration: Declaration
     copies: dict[str, bytes]
+    unmatched: dict[str, list[str]] = field(default_factory=dict)
 
 
 def introduce(declaration: Declaration, source: WeightSource, *, alone: bool) -> Introduction:
@@ -61,8 +64,9 @@ def introduce(declaration: Declaration, source: WeightSource, *, alone: bool) ->
         source: Where its values are, before any quantisation.
         alone: No other rank could have a copy.
     """
+    unmatched = dict(source.unmatched) if isinstance(source, ConvertedSource) else {}
     if alone:
-        return Introduction(declaration, {})
+        return Introduction(declaration, {}, unmatched)
     by_device: dict[torch.device, dict[str, torch.Tensor]] = {}
     holdings = source.holdings()
     for spec in declaration.tensors:
@@ -74,15 +78,17 @@ def introduce(declaration: Declaration, source: WeightSource, *, alone: bool) ->
     for tensors in by_device.values():
         flat = (t.contiguous().reshape(-1).view(torch.uint8) for t in tensors.values())
         copies.update(zip(tensors, digests(list(flat)), strict=True))
-    return Introduction(declaration, copies)
+    return Introduction(declaration, copies, unmatched)
 
 
 def join(ranks: Sequence[Introduction]) -> Manifest:
     """The manifest of the whole job: rank 0's tensors, then what each next rank adds.
 
     Raises:
+        InputError: A rule of the conversion takes nothing on any rank.
         ManifestError: Ranks disagree about a tensor's shape, dtype or values, or there is none.
     """
+    _check_rules(ranks)
     specs: dict[str, TensorSpec] = {}
     first: dict[str, int] = {}
     copies: dict[str, tuple[int, bytes]] = {}
@@ -117,3 +123,16 @@ def join(ranks: Sequence[Introduction]) -> Manifest:
     return Manifest.of(
         TensorSpec(s.name, s.dtype, s.shape) if denied[s.name] else s for s in specs.values()
     )
+
+
+def _check_rules(ranks: Sequence[Introduction]) -> None:
+    unmatched = [r for r in ranks[0].unmatched if all(r in one.unmatched for one in ranks)]
+    if unmatched:
+        near = {name: None for one in ranks for name in one.unmatched[unmatched[0]]}
+        raise InputError(
+            f"no tensor of any rank is what the conversion has a {unmatched[0]} for"
+            + (f"; nor for: {', '.join(unmatched[1:4])}" if unmatched[1:] else ""),
+            hint=(f"the trainer's nearest names: {', '.join(list(near)[:3])}; " if near else "")
+            + "a rule that may take nothing is Rule(..., optional=True)",
+            rules=unmatched,
+        )

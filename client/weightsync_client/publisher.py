@@ -26,7 +26,7 @@ from weightsync_client.rendezvous import Pushed
 from weightsync_client.report import PushReport
 from weightsync_client.settings import Deadlines, token_from_env
 from weightsync_client.slots import ALIGN_NBYTES
-from weightsync_client.source import Weights
+from weightsync_client.source import Conversion, Weights, as_spec
 
 
 class Publisher:
@@ -59,6 +59,10 @@ class Publisher:
         coalesce_bytes: A tensor of at most so many bytes that is cut over several ranks is gathered
             on one of them, in one exchange before the fill, and written once; 0: every rank writes
             what it has.
+        conversion: What the weights go through to be checkpoint tensors: a
+            :class:`weightsync_client.conversion.ConversionSpec`, the name of one that is
+            registered, None: nothing, or ``auto``: for a module what is registered for its class,
+            or else what transformers would save, and nothing for what is no module.
         quantization: What to publish as fp8, for engines that serve such a checkpoint.
         verify: True, or the TLS context to check ``https`` agents with.
         group: The ranks that push together: the default process group if there is one, another
@@ -82,6 +86,7 @@ class Publisher:
         ignore: Sequence[str] = (),
         max_slot_bytes: int | None = None,
         coalesce_bytes: int = COALESCE_NBYTES,
+        conversion: Conversion = "auto",
         quantization: QuantizationSpec | None = None,
         verify: ssl.SSLContext | bool = True,
         group: dist.ProcessGroup | Literal["default"] | None = "default",
@@ -97,6 +102,7 @@ class Publisher:
             )
         if coalesce_bytes < 0:
             raise InputError(f"coalesce_bytes is {coalesce_bytes}", hint="0 or more; 0: never")
+        self._conversion = as_spec(conversion)
         deadlines = Deadlines() if deadlines is None else deadlines
         fleet = Fleet(
             agents,
@@ -147,7 +153,7 @@ class Publisher:
                 "this publisher is in the middle of another push", hint="push from one thread"
             )
         try:
-            pushed = Pushed(model, self._quantization)
+            pushed = Pushed(model, self._conversion, self._quantization)
             push = Push(self._held, self._settings, pushed, version)
             try:
                 return push.run()

@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 
 from weightsync.codec import pack, unpack
+from weightsync.errors import ManifestError
 from weightsync.geometry import Box
 from weightsync.layout import WorkerLayout
 from weightsync.manifest import Manifest, TensorSpec
@@ -26,6 +27,7 @@ from weightsync.protocol import (
 )
 from weightsync.transport.base import Transport
 from weightsync_client.control import Agent, Fleet
+from weightsync_client.converted import ConvertedSource
 from weightsync_client.declaration import Declaration, Introduction, introduce, join
 from weightsync_client.gather import Gather
 from weightsync_client.quantization import QuantizationSpec
@@ -33,7 +35,7 @@ from weightsync_client.quantized import QuantizedSource
 from weightsync_client.ranks import Ranks, no_undo
 from weightsync_client.session import JobSize, Offer, Session, Worker
 from weightsync_client.settings import Deadlines
-from weightsync_client.source import Weights, WeightSource, as_source
+from weightsync_client.source import Conversion, Weights, WeightSource, as_source
 
 
 class Pushed:
@@ -41,17 +43,24 @@ class Pushed:
 
     Args:
         model: See :meth:`weightsync_client.publisher.Publisher.push`.
-        quantization: What of it is published as fp8.
+        conversion: What makes checkpoint tensors of it.
+        quantization: What of those is published as fp8.
     """
 
-    def __init__(self, model: Weights, quantization: QuantizationSpec | None = None) -> None:
+    def __init__(
+        self,
+        model: Weights,
+        conversion: Conversion = "auto",
+        quantization: QuantizationSpec | None = None,
+    ) -> None:
         self._model = model
+        self._conversion = conversion
         self._quantization = quantization
 
     @cached_property
     def given(self) -> WeightSource:
-        """Where the values are, as the trainer has them.  Errors are :func:`as_source`'s."""
-        return as_source(self._model)
+        """Where the checkpoint's values are.  Errors are :func:`as_source`'s."""
+        return as_source(self._model, self._conversion)
 
     @cached_property
     def quantized(self) -> QuantizedSource | None:
@@ -237,16 +246,20 @@ def _plan(
         for agent, answer in enumerate(terms.agents)
         for place, metadata, layout in answer.workers
     ]
-    job = Job.of(
-        manifest,
-        [layout for *_, layout in found],
-        [
-            {t.name: boxes for t, boxes in zip(manifest, held, strict=True) if boxes}
-            for held in terms.boxes
-        ],
-        allow_skipped=ignore,
-        coalesce_nbytes=terms.coalesce_nbytes,
-    )
+    try:
+        job = Job.of(
+            manifest,
+            [layout for *_, layout in found],
+            [
+                {t.name: boxes for t, boxes in zip(manifest, held, strict=True) if boxes}
+                for held in terms.boxes
+            ],
+            allow_skipped=ignore,
+            coalesce_nbytes=terms.coalesce_nbytes,
+        )
+    except ManifestError as error:
+        _tell_rule(error, pushed.given)
+        raise
     if rank == 0:  # for all: it is the same job everywhere, and an error here is raised everywhere
         job.prove()
     plan = job.plan(rank, max_slot_nbytes=max_slot_nbytes)
@@ -264,6 +277,13 @@ def _plan(
         make_transport=make_transport,
         staged_only=staged_only,
     )
+
+
+def _tell_rule(error: ManifestError, source: WeightSource) -> None:
+    """Say which rule of a conversion made a name that no engine wants."""
+    names = error.context.get("names") or [""]
+    if isinstance(source, ConvertedSource) and (maker := source.maker(names[0])):
+        error.hint += f"; {names[0]!r} is made by {maker}"
 
 
 def _device(source: WeightSource) -> torch.device:

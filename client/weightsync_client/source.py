@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import nn
@@ -11,6 +11,8 @@ from torch import nn
 from weightsync.errors import InputError
 from weightsync.geometry import Box
 from weightsync.manifest import TensorSpec
+from weightsync_client.conversion import ConversionSpec, conversion_of, find_conversion
+from weightsync_client.converted import ConvertedSource
 from weightsync_client.held import Held, LocalShard, hold
 from weightsync_client.hf import checkpoint_tensors
 
@@ -113,10 +115,7 @@ class ModuleSource(StateDictSource):
     """
 
     def __init__(self, module: nn.Module, *, dtype: torch.dtype | None = None) -> None:
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            module = module.module
-        module = getattr(module, "_orig_mod", module)
-        tensors = {name.replace("_orig_mod.", ""): t for name, t in module.state_dict().items()}
+        module, tensors = _named_tensors(module)
         self._take(checkpoint_tensors(module, tensors).items(), dtype)
 
 
@@ -126,14 +125,52 @@ Weights: TypeAlias = (
 )
 
 
-def as_source(model: Weights) -> WeightSource:
+#: what ``Publisher`` takes; the texts are ``auto`` and the names of registered conversions
+Conversion: TypeAlias = "ConversionSpec | str | None"
+
+
+def as_source(model: Weights, conversion: Conversion = "auto") -> WeightSource:
     """What ``Publisher.push`` was handed, as a source.  An iterator is read to its end.
 
+    Args:
+        model: The weights.
+        conversion: See :class:`weightsync_client.publisher.Publisher`.
+
     Raises:
-        InputError: It is nothing that weights can be taken from.
+        InputError: It is nothing that weights can be taken from, or the conversion does not fit.
     """
+    spec = as_spec(conversion)
+    if spec == "auto" and isinstance(model, nn.Module):
+        module, tensors = _named_tensors(model)
+        spec = conversion_of(module)
+        if spec is None:
+            return ModuleSource(model)
+        return ConvertedSource(StateDictSource(tensors), spec)
+    source = _plain_source(model)
+    return ConvertedSource(source, spec) if isinstance(spec, ConversionSpec) else source
+
+
+def as_spec(conversion: Conversion) -> ConversionSpec | Literal["auto"] | None:
+    """A conversion by its name; what is none is handed back.
+
+    Raises:
+        InputError: No conversion, or not the name of one.
+    """
+    if conversion is None or isinstance(conversion, ConversionSpec):
+        return conversion
+    if conversion == "auto":
+        return "auto"
+    if not isinstance(conversion, str):
+        raise InputError(
+            f"a {type(conversion).__name__} is no conversion",
+            hint='"auto", None, a ConversionSpec, or the name of one that is registered',
+        )
+    return find_conversion(conversion)
+
+
+def _plain_source(model: Weights) -> WeightSource:
     if isinstance(model, nn.Module):
-        return ModuleSource(model)
+        return StateDictSource(_named_tensors(model)[1])
     if isinstance(model, WeightSource):
         return model
     if isinstance(model, Mapping) or (isinstance(model, Iterable) and not isinstance(model, str)):
@@ -142,6 +179,14 @@ def as_source(model: Weights) -> WeightSource:
         f"cannot take weights from a {type(model).__name__}",
         hint="push an nn.Module, a mapping of names to tensors, pairs of them, or a WeightSource",
     )
+
+
+def _named_tensors(module: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """The module itself, and its state dict without what wrappers put in front of the names."""
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        module = module.module
+    module = getattr(module, "_orig_mod", module)
+    return module, {n.replace("_orig_mod.", ""): t for n, t in module.state_dict().items()}
 
 
 def _pairs(named: Iterable[object]) -> Iterator[tuple[str, object]]:
