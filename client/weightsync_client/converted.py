@@ -51,11 +51,13 @@ class ConvertedSource:
         self._made: dict[str, Held] = {}
         self._makers: dict[str, str] = {}
         self._unmatched: dict[str, list[str]] = {}
+        self._used: set[str] = set()
         taken, rest = spec.match(self._given)
         for rule, groups in zip(spec.rules, taken.values(), strict=True):
             if not groups and not rule.optional:
                 self._unmatched[str(rule)] = rule.near(rest or self._given)
             if rule.make is not None:
+                self._used.update(n for names in groups.values() for n in names.values())
                 self._run(rule, groups)
         if rest and spec.rest == "refuse":
             more = f" and {len(rest) - _SHOWN} more" if len(rest) > _SHOWN else ""
@@ -65,6 +67,7 @@ class ConvertedSource:
                 names=rest,
             )
         for name in rest if spec.rest == "keep" else ():
+            self._used.add(name)
             self._add(name, self._given[name], None, "its own name, which no rule takes")
         self._tensors = self._declare()
 
@@ -88,9 +91,18 @@ class ConvertedSource:
         """
         return self._unmatched
 
+    def replicas(self) -> dict[str, torch.Tensor]:
+        """The other source's tensors that are whole here and are published, by its names."""
+        given = ((name, self._given[name]) for name in self._given if name in self._used)
+        return {
+            name: held.pieces[0][1]
+            for name, held in given
+            if [box for box, _ in held.pieces] == [Box.whole(held.shape)]
+        }
+
     def maker(self, name: str) -> str:
         """What gave a checkpoint tensor its name."""
-        return self._makers.get(name, "")
+        return self._makers.get(name, "another rank's tensors")
 
     # ------------------------------------------------------------ one rule
 

@@ -68,17 +68,26 @@ def introduce(declaration: Declaration, source: WeightSource, *, alone: bool) ->
     if alone:
         return Introduction(declaration, {}, unmatched)
     by_device: dict[torch.device, dict[str, torch.Tensor]] = {}
-    holdings = source.holdings()
-    for spec in declaration.tensors:
-        boxes = tuple(holdings.get(spec.name, ()))
-        if boxes == (Box.whole(spec.shape),) and spec.numel and not spec.alias_of:
-            local = source.local(spec.name, 0).detach()
-            by_device.setdefault(local.device, {})[spec.name] = local
+    for name, local in _replicas(declaration, source).items():
+        by_device.setdefault(local.device, {})[name] = local.detach()
     copies: dict[str, bytes] = {}
     for tensors in by_device.values():
         flat = (t.contiguous().reshape(-1).view(torch.uint8) for t in tensors.values())
         copies.update(zip(tensors, digests(list(flat)), strict=True))
     return Introduction(declaration, copies, unmatched)
+
+
+def _replicas(declaration: Declaration, source: WeightSource) -> dict[str, torch.Tensor]:
+    if isinstance(source, ConvertedSource):  # what is whole there may be many boxes here
+        found = source.replicas()
+    else:
+        holdings = source.holdings()
+        found = {
+            spec.name: source.local(spec.name, 0)
+            for spec in declaration.tensors
+            if tuple(holdings.get(spec.name, ())) == (Box.whole(spec.shape),) and not spec.alias_of
+        }
+    return {name: local for name, local in found.items() if local.numel()}
 
 
 def join(ranks: Sequence[Introduction]) -> Manifest:

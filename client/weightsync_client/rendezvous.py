@@ -281,9 +281,11 @@ def _plan(
 
 def _tell_rule(error: ManifestError, source: WeightSource) -> None:
     """Say which rule of a conversion made a name that no engine wants."""
-    names = error.context.get("names") or [""]
-    if isinstance(source, ConvertedSource) and (maker := source.maker(names[0])):
-        error.hint += f"; {names[0]!r} is made by {maker}"
+    names = error.context.get("names")
+    if names and isinstance(source, ConvertedSource):
+        error.hint += f"; {names[0]!r} is made by {source.maker(names[0])}"
+    elif names:
+        error.hint += "; a trainer's other names and layouts want Publisher(conversion=...)"
 
 
 def _device(source: WeightSource) -> torch.device:
