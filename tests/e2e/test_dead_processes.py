@@ -19,6 +19,8 @@ from weightsync.errors import (
     TransportError,
     WeightSyncError,
 )
+from weightsync_client.slots import Slots
+from weightsync_client.source import WeightSource
 
 pytestmark = pytest.mark.nixl
 
@@ -149,6 +151,38 @@ def test_an_engine_killed_in_mid_push_is_a_clear_error_and_its_restart_is_joined
     assert states[-2:] == ["detached", "ready"]
     assert events[-1]["cause"] == "Attached"
     stack.assert_a_whole_push_works()
+
+
+def test_an_engine_killed_between_two_rounds_ends_the_push_and_the_next_goes_in_rounds_again(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = stack.weights()
+    bound = sum(t.nbytes for t in weights.values()) // 4
+    refill = Slots.refill
+
+    def kill_and_refill(slots: Slots, source: WeightSource, number: int) -> None:
+        if number == 3:
+            stack.engine.kill()
+        refill(slots, source, number)
+
+    with stack.new_publisher(max_slot_bytes=bound) as publisher:
+        report = publisher.push(weights)
+        assert report.rounds > 4
+        stack.assert_holds(weights, report.version)
+        monkeypatch.setattr(Slots, "refill", kill_and_refill)
+        with pytest.raises(WeightSyncError) as caught:
+            publisher.push(weights)
+        monkeypatch.undo()
+        assert isinstance(caught.value, TransportError | EngineDetachedError), repr(caught.value)
+        assert caught.value.context["phase"] in {"write", "commit"}
+        stack.wait_for_state("detached")
+        stack.engine.start()
+        stack.wait_for_state("ready", timeout_s=40)
+        stack.engine.wait_alive()
+        weights = stack.weights()
+        report = publisher.push(weights)
+        assert report.rounds > 4
+        stack.assert_holds(weights, report.version)
 
 
 # ------------------------------------------------------------------ the agent
