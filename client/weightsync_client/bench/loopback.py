@@ -36,7 +36,7 @@ class LoopbackOptions(BaseModel):
 
     nbytes: Annotated[int, Field(ge=1_000_000, le=64_000_000_000)] = 256_000_000
     """Bytes of the model, about: it has whole layers."""
-    rounds: Annotated[int, Field(ge=1, le=1000)] = 7
+    rounds: Annotated[int, Field(ge=1, le=1000)] = 15
     """Rounds that count; every case runs once in each."""
     warmup: Annotated[int, Field(ge=1, le=100)] = 2
     """Rounds before them.  The first push makes the rendezvous."""
