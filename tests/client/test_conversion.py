@@ -9,6 +9,7 @@ import torch
 from fake_world import shard
 from safetensors.torch import load_file
 from test_held import Job
+from test_quantized import assembled
 from torch.distributed.tensor import Shard
 
 from weightsync.errors import InputError
@@ -16,11 +17,14 @@ from weightsync_client import (
     Concat,
     ConversionSpec,
     LocalShard,
+    QuantizationSpec,
     Rearrange,
     Rule,
     Split,
     Stack,
+    StateDictSource,
 )
+from weightsync_client.quantized import QuantizedSource, merge
 from weightsync_client.source import as_source
 
 transformers = pytest.importorskip("transformers")
@@ -251,3 +255,29 @@ def test_the_first_rule_that_takes_a_name_has_it() -> None:
     spec = ConversionSpec("mine", [Rule("a.{n}", "first.{n}"), Rule("{*n}", "x.{n}")])
     source = as_source({"b.c": torch.ones(1), "a.b": torch.ones(1)}, spec)
     assert [t.name for t in source.manifest()] == ["first.b", "x.b.c"]
+
+
+def test_fp8_blocks_are_made_of_what_the_conversion_yields(saved) -> None:
+    """Fused and sharded at the trainer: the bytes are those of the checkpoint's own matrices."""
+    family, tensors, checkpoint = saved
+    spec = QuantizationSpec()
+    halves = [
+        {
+            n: LocalShard(part, tuple(t.shape), (rank * len(part), *[0] * (t.ndim - 1)))
+            for n, t in tensors.items()
+            if (part := t.chunk(2)[rank]).numel()
+        }
+        for rank in range(2)
+    ]
+    sources = [QuantizedSource(as_source(parts, family), spec) for parts in halves]
+    whole = [QuantizedSource(StateDictSource(checkpoint), spec)]
+    for ranks in (sources, whole):
+        merged = merge([source.findings() for source in ranks])
+        for source in ranks:
+            source.learn(merged)
+    names = [t.name for t in whole[0].manifest() if len(t.shape) == 2]
+    assert sum(name.endswith("_scale_inv") for name in names) > 6
+    for name in names:
+        assert torch.equal(
+            assembled(sources, name).view(torch.uint8), assembled(whole, name).view(torch.uint8)
+        ), name

@@ -84,9 +84,10 @@ def moe_stack(tmp_path: Path) -> Iterator[Stack]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["expert_parallel.py", "own_modules.py"])
 def test_fused_experts_that_are_sharded_become_the_checkpoints_experts(
-    moe_stack: Stack, tmp_path: Path
+    name: str, moe_stack: Stack, tmp_path: Path
 ) -> None:
     saved = tmp_path / "saved"
-    run_example("expert_parallel.py", 2, moe_stack, saved)
+    run_example(name, 2, moe_stack, saved)
     assert_engine_has(saved, moe_stack)
