@@ -103,7 +103,6 @@ class _Gpu:
         self._deadline = deadline
         self._told = told
         self._figures = figures
-        self._nbytes: dict[str, int] = {}
         self._cuda = options.device == "cuda"
         self._device = "cuda:0" if self._cuda else "cpu"
         self._kind = DemoOptions(engine="vllm" if self._cuda else "torch", device=options.device)
