@@ -74,6 +74,11 @@ class Rule:
                     )
                 left.remove(step.placeholder)
             if isinstance(step, Unstack):
+                if step.placeholder in left:
+                    raise InputError(
+                        f"{self}: {{{step.placeholder}}} is there before Unstack",
+                        hint="each placeholder of a rule has a name of its own",
+                    )
                 left.add(step.placeholder)
         for names, wanted in ((self.names, taken), (self.made, left)):
             for name in names:
@@ -164,6 +169,18 @@ class ConversionSpec:
             else:
                 rest.append(name)
         return taken, rest
+
+    def left_out(self, names: Iterable[str]) -> set[str]:
+        """Those of these names that make no checkpoint tensor: what they name may be anything."""
+        taken, rest = self.match(names)
+        dropped = {
+            name
+            for k, rule in enumerate(self.rules)
+            for group in taken[k].values()
+            for name in group.values()
+            if rule.make is None
+        }
+        return dropped.union(rest if self.rest == "drop" else ())
 
 
 _registered: dict[str, ConversionSpec] = {}

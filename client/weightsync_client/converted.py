@@ -34,17 +34,26 @@ class ConvertedSource:
     Args:
         source: Its tensors must not be replaced until the push is over.
         spec: The conversion.
+        left_out: Names that the trainer has besides, and the conversion leaves out.
 
     Raises:
         InputError: Tensors or shards that a rule does not fit.
         ManifestError: Two tensors of one name.
     """
 
-    def __init__(self, source: _Source, spec: ConversionSpec) -> None:
+    def __init__(
+        self, source: _Source, spec: ConversionSpec, *, left_out: Iterable[str] = ()
+    ) -> None:
         self._spec = spec
         self._given: dict[str, Held] = {}
         holdings = source.holdings()
         for tensor in source.manifest():
+            if tensor.name in self._given:
+                raise ManifestError(
+                    f"the trainer has {tensor.name!r} twice",
+                    hint="every tensor has one name",
+                    tensor=tensor.name,
+                )
             boxes = holdings.get(tensor.name, ())
             pieces = tuple((box, source.local(tensor.name, k)) for k, box in enumerate(boxes))
             self._given[tensor.name] = Held(tensor.shape, getattr(torch, tensor.dtype), pieces)
@@ -52,7 +61,7 @@ class ConvertedSource:
         self._makers: dict[str, str] = {}
         self._unmatched: dict[str, list[str]] = {}
         self._used: set[str] = set()
-        taken, rest = spec.match(self._given)
+        taken, rest = spec.match([*self._given, *left_out])
         for rule, groups in zip(spec.rules, taken.values(), strict=True):
             if not groups and not rule.optional:
                 self._unmatched[str(rule)] = rule.near(rest or self._given)

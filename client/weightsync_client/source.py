@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
 from torch import nn
@@ -145,9 +145,12 @@ def as_source(model: Weights, conversion: Conversion = "auto") -> WeightSource:
         spec = conversion_of(module)
         if spec is None:
             return ModuleSource(model)
-        return ConvertedSource(StateDictSource(tensors), spec)
-    source = _plain_source(model)
-    return ConvertedSource(source, spec) if isinstance(spec, ConversionSpec) else source
+        return _converted(tensors, spec)
+    if not isinstance(spec, ConversionSpec):
+        return model if isinstance(model, WeightSource) else StateDictSource(_named(model))
+    if isinstance(model, WeightSource):
+        return ConvertedSource(model, spec)
+    return _converted(_named(model), spec)
 
 
 def as_spec(conversion: Conversion) -> ConversionSpec | Literal["auto"] | None:
@@ -168,13 +171,24 @@ def as_spec(conversion: Conversion) -> ConversionSpec | Literal["auto"] | None:
     return find_conversion(conversion)
 
 
-def _plain_source(model: Weights) -> WeightSource:
+def _converted(
+    named: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], spec: ConversionSpec
+) -> ConvertedSource:
+    """What is left out is not looked at: state dicts also have what is no tensor."""
+    every = _pairs(named.items() if isinstance(named, Mapping) else named)
+    pairs = cast("list[tuple[str, Tensor]]", list(every))  # StateDictSource looks at what is kept
+    left_out = spec.left_out(name for name, _ in pairs)
+    kept = StateDictSource([pair for pair in pairs if pair[0] not in left_out])
+    return ConvertedSource(kept, spec, left_out=left_out)
+
+
+def _named(
+    model: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+) -> Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]:
     if isinstance(model, nn.Module):
-        return StateDictSource(_named_tensors(model)[1])
-    if isinstance(model, WeightSource):
-        return model
+        return _named_tensors(model)[1]
     if isinstance(model, Mapping) or (isinstance(model, Iterable) and not isinstance(model, str)):
-        return StateDictSource(model)
+        return model
     raise InputError(
         f"cannot take weights from a {type(model).__name__}",
         hint="push an nn.Module, a mapping of names to tensors, pairs of them, or a WeightSource",

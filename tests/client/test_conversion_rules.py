@@ -176,6 +176,7 @@ def test_what_does_not_fit_is_refused_with_rule_tensor_and_shards(rules, says) -
         (lambda: Rule("w", "a.{i}"), "needed"),
         (lambda: Rule(("w.{i}", "v"), "a.{i}", Concat(0)), "'v' has the placeholders"),
         (lambda: Rule("w", "a", Stack("e")), r"Stack\('e'\) has no \{e\}"),
+        (lambda: Rule("w.{i}", "a.{i}", Unstack("i")), "there before Unstack"),
         (lambda: Rule("w{", "a"), "is no name"),
         (lambda: Rule("w", "a", "transpose"), "is no operation"),
         (lambda: Rule("w", ()), "no names"),
@@ -204,6 +205,26 @@ def test_a_tensor_that_no_rule_takes_is_kept_dropped_or_refused() -> None:
     assert [t.name for t in as_source(tensors, spec("drop")).manifest()] == ["a"]
     with pytest.raises(InputError, match="conversion 'mine' has no rule for x"):
         as_source(tensors, spec("refuse"))
+
+
+def test_a_name_twice_is_refused_before_it_is_converted() -> None:
+    with pytest.raises(ManifestError, match="the trainer has 'w' twice"):
+        as_source([("w", W), ("w", W)], ConversionSpec("mine", [Rule("w", "a")]))
+
+
+def test_what_is_left_out_need_not_be_a_tensor() -> None:
+    """Transformer Engine's modules have extra state in their state dicts: bytes."""
+    state = {"w": W, "w._extra_state": b"fp8", "v._extra_state": None}
+    drop = Rule("{*at}._extra_state", None)
+    for spec in (
+        ConversionSpec("mine", [Rule("w", "a"), drop], rest="refuse"),
+        ConversionSpec("mine", [Rule("w", "a")], rest="drop"),
+    ):
+        source = as_source(state, spec)
+        assert [t.name for t in source.manifest()] == ["a"]
+        assert not source.unmatched
+    with pytest.raises(InputError, match=r"'w\._extra_state' is a bytes"):
+        as_source(state, ConversionSpec("mine", [Rule("w", "a")]))
 
 
 def test_a_shard_that_would_be_too_many_boxes_is_refused() -> None:
