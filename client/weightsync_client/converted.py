@@ -72,13 +72,17 @@ class ConvertedSource:
             more = f" and {len(rest) - _SHOWN} more" if len(rest) > _SHOWN else ""
             raise InputError(
                 f"conversion {spec.name!r} has no rule for {', '.join(rest[:_SHOWN])}{more}",
-                hint='add one (make=None drops a tensor), or let the rest be: rest="keep"',
+                hint='add one (make=None drops a tensor), or let the rest be: rest="keep"'
+                + "".join(
+                    f"; nothing here is for {rule}" for rule in list(self._unmatched)[:_SHOWN]
+                ),
                 names=rest,
             )
         for name in rest if spec.rest == "keep" else ():
             self._used.add(name)
             self._add(name, self._given[name], None, "its own name, which no rule takes")
         self._tensors = self._declare()
+        self._holdings = {n: tuple(box for box, _ in h.pieces) for n, h in self._made.items()}
 
     def manifest(self) -> Sequence[TensorSpec]:
         """The checkpoint tensors, in the order of the rules; behind them what no rule takes."""
@@ -86,7 +90,7 @@ class ConvertedSource:
 
     def holdings(self) -> Mapping[str, tuple[Box, ...]]:
         """The boxes of each that are here."""
-        return {name: tuple(box for box, _ in held.pieces) for name, held in self._made.items()}
+        return self._holdings
 
     def local(self, name: str, box_index: int) -> torch.Tensor:
         """The values of one box: a view."""

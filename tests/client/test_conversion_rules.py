@@ -205,6 +205,9 @@ def test_a_tensor_that_no_rule_takes_is_kept_dropped_or_refused() -> None:
     assert [t.name for t in as_source(tensors, spec("drop")).manifest()] == ["a"]
     with pytest.raises(InputError, match="conversion 'mine' has no rule for x"):
         as_source(tensors, spec("refuse"))
+    typo = ConversionSpec("mine", [Rule("w", "a"), Rule("xx", "b")], rest="refuse")
+    with pytest.raises(InputError, match=r"no rule for x .*nothing here is for rule xx → b"):
+        as_source(tensors, typo)
 
 
 def test_a_name_twice_is_refused_before_it_is_converted() -> None:
