@@ -56,8 +56,12 @@ def test_a_bad_argument_ends_with_2(arguments: list[str], words: str) -> None:
     assert words in done.stderr
 
 
-def test_without_a_gpu_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_nothing_is_started_and_nothing_is_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     done = CliRunner().invoke(app, ["bench", "gpu"])
     assert (done.exit_code, done.stdout) == (2, "")
     assert "there is no CUDA device here" in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -231,15 +231,18 @@ def _say(text: str) -> None:
 def _folder() -> Iterator[Path]:
     """A temporary folder; after a failure its logs stay, and are named."""
     folder = Path(tempfile.mkdtemp(prefix="weightsync-bench-"))
+    logs = folder / "run" / "logs"
+    keep = False
     try:
         yield folder / "run"
     except WeightSyncError:
-        _say(f"logs are in {folder / 'run' / 'logs'}")
+        keep = logs.exists()
+        if keep:
+            _say(f"logs are in {logs}")
         raise
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
