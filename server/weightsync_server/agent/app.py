@@ -212,8 +212,8 @@ class Agent:
             timeout_s: Annotated[Seconds, Query()] = 300.0,
         ) -> ChecksumsResponse:
             """SHA-256 of every final kernel tensor, made by the workers now."""
-            sha256 = await self.calls.checksums(timeout_s)
-            return ChecksumsResponse(version=self.service.state.version, sha256=sha256)
+            version, sha256 = await self.calls.checksums(timeout_s)
+            return ChecksumsResponse(version=version, sha256=sha256)
 
         @app.get("/metrics", response_class=Response)
         async def metrics() -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import logging
 import time
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -50,6 +51,8 @@ from weightsync.worker_messages import (
 )
 from weightsync_server.agent.once import Mark, Once
 from weightsync_server.agent.service import Service, Work
+
+log = logging.getLogger(__name__)
 
 
 class Calls:
@@ -109,6 +112,8 @@ class Calls:
     async def abort(self, request: AbortRequest) -> StepResponse:
         """``POST /abort_update``."""
         event = AbortAsked(request.push_id)
+        if self._service.state.owner == request.push_id:
+            log.warning("push %s is aborted by its trainer: %s", request.push_id, request.reason)
         return await self._push_step("abort_update", request.push_id, None, event, request)
 
     async def init_transfer(self, request: InitTransferRequest) -> InitTransferResponse:
@@ -162,14 +167,18 @@ class Calls:
         ranks = tuple((r.rank, r.metadata, tuple(r.writes)) for r in request.ranks)
         return await self._once.run(key, hash(ranks), work)
 
-    async def checksums(self, timeout_s: float) -> dict[str, str]:
-        """``GET /checksums``."""
-        state = self._service.state
-        if state.phase == "receiving":
-            raise PushInProgressError(
-                f"push {state.owner} is writing", hint="ask again when it is over"
-            )
-        return await self._service.workers.checksums(timeout_s=timeout_s)
+    async def checksums(self, timeout_s: float) -> tuple[int, dict[str, str]]:
+        """``GET /checksums``: of which version, and they."""
+        before = self._service.state
+        if before.phase != "receiving":
+            made = await self._service.workers.checksums(timeout_s=timeout_s)
+            after = self._service.state
+            if after.phase != "receiving" and after.version == before.version:
+                return after.version, made
+        raise PushInProgressError(
+            f"push {self._service.state.owner or before.owner} writes, or wrote meanwhile",
+            hint="ask again when it is over",
+        )
 
     async def verify(self, request: VerifyRequest) -> VerifyResponse:
         """``POST /verify``.  It changes nothing, so it takes no turn and is never remembered."""
