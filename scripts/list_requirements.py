@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
-OWN_EXTRAS = ("dev", "demo", "torch-engine")
+OWN_EXTRAS = ("dev", "demo", "docs", "torch-engine")
 TORCH_FAMILY = frozenset({"torch", "torchaudio", "torchvision", "torchcodec"})
 
 
