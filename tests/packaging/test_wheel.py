@@ -89,7 +89,7 @@ def test_wheel_ships_no_tests_and_no_docs(site):
 def test_wheel_declares_its_extras_and_license(dist_info):
     metadata = Parser().parsestr((dist_info / "METADATA").read_text())
     extras = set(metadata.get_all("Provides-Extra", []))
-    assert extras == {"nixl", "torch-engine", "demo", "bench", "dev"}
+    assert extras == {"nixl", "torch-engine", "demo", "bench", "docs", "dev"}
     assert metadata["License-Expression"] == "Apache-2.0"
     assert (dist_info / "licenses" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
 
