@@ -15,6 +15,7 @@ import torch.distributed as dist
 from weightsync.errors import InputError, NoSessionError, PushInProgressError, StaleEpochError
 from weightsync.plan import COALESCE_NBYTES
 from weightsync.protocol import PauseMode
+from weightsync.slab import ALIGN_NBYTES
 from weightsync.topology import cuda_address
 from weightsync.transport.base import Transport
 from weightsync_client.control import Fleet
@@ -25,7 +26,6 @@ from weightsync_client.quantization import QuantizationSpec
 from weightsync_client.rendezvous import Pushed
 from weightsync_client.report import PushReport
 from weightsync_client.settings import Deadlines, token_from_env
-from weightsync_client.slots import ALIGN_NBYTES
 from weightsync_client.source import Conversion, Weights, as_spec
 
 

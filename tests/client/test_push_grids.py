@@ -19,8 +19,8 @@ from tests.support.families import CONFIGS
 from tests.support.grids import model_of
 from weightsync.errors import InputError
 from weightsync.families.grids import inference_grid, trainer_grid
+from weightsync.slab import ALIGN_NBYTES
 from weightsync.transport.base import Transport
-from weightsync_client.slots import ALIGN_NBYTES
 
 __all__ = ["make_job"]
 

@@ -16,12 +16,13 @@ from weightsync.errors import DeadlineError, InputError, NonFiniteError, PeerLos
 from weightsync.layout import CopyRecord, KernelRegion, WorkerLayout, WorkerPlace
 from weightsync.manifest import Manifest
 from weightsync.plan import build_plan
+from weightsync.slab import ALIGN_NBYTES
 from weightsync.transport.base import PreparedWrite
 from weightsync.transport.inmemory import Fabric, Faults, InMemoryTransport
 from weightsync.transport.nixl import NixlTransport
 from weightsync_client import Deadlines, Publisher
 from weightsync_client.session import Session
-from weightsync_client.slots import ALIGN_NBYTES, Slots
+from weightsync_client.slots import Slots
 from weightsync_client.source import as_source
 
 PAGE = ALIGN_NBYTES

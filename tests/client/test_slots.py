@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from weightsync.errors import RegistrationError
-from weightsync_client.slots import ALIGN_NBYTES, Slab, _all_finite
+from weightsync.slab import ALIGN_NBYTES, Slab
+from weightsync_client.slots import _all_finite
 
 FLOATS = [
     torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn,
