@@ -14,6 +14,8 @@ from weightsync_server.engines import vllm_compat
 class Client024:
     """The engine client of 0.24, as far as a push uses it; one engine core."""
 
+    engine_core: SimpleNamespace | None = None
+
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[str, object]]] = []
         self.reset_answer: bool = True
@@ -47,6 +49,13 @@ async def test_a_pause_keeps_the_caches_so_that_an_abort_costs_nothing():
     client = Client024()
     await vllm_compat.pause(client, "keep")
     assert client.calls == [("pause", {"mode": "keep", "clear_cache": False})]
+
+
+async def test_the_engine_core_is_paused_without_the_sleep_that_follows_it_in_the_client():
+    client, core = Client024(), Client024()
+    client.engine_core = SimpleNamespace(pause_scheduler_async=core.pause_generation)
+    await vllm_compat.pause(client, "wait")
+    assert (client.calls, core.calls) == ([], [("pause", {"mode": "wait", "clear_cache": False})])
 
 
 async def test_a_client_whose_pause_takes_no_mode_is_refused_with_the_tested_versions():

@@ -80,9 +80,10 @@ def identify(client: Any) -> EngineIdentity:
 async def pause(client: Any, mode: PauseMode) -> None:
     """Stop generation and wait until the engine is drained.  Caches stay: see ``reset_caches``."""
     # an aborted push must cost nothing, so the caches are kept until new weights are there
-    await client.pause_generation(
-        **_accepted(client.pause_generation, {"mode": mode}, {"clear_cache": False})
-    )
+    core = getattr(client, "engine_core", None)
+    # vLLM's client sleeps 20 ms after this same call, so that callers see the last outputs first
+    stop = getattr(core, "pause_scheduler_async", None) or client.pause_generation
+    await stop(**_accepted(stop, {"mode": mode}, {"clear_cache": False}))
 
 
 async def resume(client: Any) -> None:
