@@ -18,8 +18,6 @@ import torch
 import triton
 import triton.language as tl
 
-from weightsync.quantize import BLOCK
-
 #: 8 warps hold a block in registers, two programs on a multiprocessor
 _OPTIONS = {"num_warps": 4}
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -130,6 +128,8 @@ def _block_kernel(
         tl.store(tl.multiple_of(q_ptrs, [1, q_align]), bits, mask=mask)
 
 
+#: rows and columns that share a scale: :data:`weightsync.quantize.BLOCK`
+_BLOCK = 128
 #: what the kernel takes: [E, N, K], or E of [N, K] with equal strides
 Matrices = torch.Tensor | tuple[torch.Tensor, ...]
 
@@ -189,7 +189,7 @@ def _launch(
             find_amax=find_amax,
             encode=weight is not None,
             native=_casts_natively(first.device),
-            block=BLOCK,
+            block=_BLOCK,
             **_OPTIONS,
         )
 

@@ -136,6 +136,27 @@ def test_for_024_its_three_classes_are_what_is_finished_last(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("cache", "scales"), [("auto", ("k_scale", "v_scale")), ("fp8", ()), ("fp8_e4m3", ())]
+)
+def test_scales_of_a_cache_that_is_not_quantised_are_idle(monkeypatch, cache, scales):
+    class Method: ...
+
+    kv_cache = ModuleType("vllm.model_executor.layers.quantization.kv_cache")
+    kv_cache.BaseKVCacheMethod = Method  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, kv_cache.__name__, kv_cache)
+    parents = kv_cache.__name__.split(".")[:-1]
+    for depth in range(1, len(parents) + 1):
+        name = ".".join(parents[:depth])
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    attention = SimpleNamespace(
+        kv_cache_dtype=cache, quant_method=Method(), _parameters={"v_scale": 1, "k_scale": 1}
+    )
+    assert vllm_compat.idle_scales(attention) == scales
+    attention.quant_method = None
+    assert vllm_compat.idle_scales(attention) == ()
+
+
+@pytest.mark.parametrize(
     ("version", "warned"), [("0.24.0", False), ("0.32.1", False), ("0.27.3", True)]
 )
 def test_a_version_that_was_never_tested_gets_a_warning_that_names_the_tested(

@@ -133,6 +133,33 @@ def test_without_a_checkpoint_missing_tensors_are_named_as_the_engine_does():
         trainer.rendezvous(given)
 
 
+def test_what_the_engine_calls_optional_need_not_be_published_where_nothing_was_loaded():
+    given = {"weight": random_like(BF16, 4, 6)}
+
+    def engine() -> ToyAdapter:
+        scales = given | {"k_scale": torch.ones(())}
+        return ToyAdapter(
+            lambda: Bag(weight=torch.empty(4, 6, dtype=BF16), k_scale=torch.empty(())),
+            start=scales,
+        )
+
+    with pytest.raises(ManifestError, match="nothing is loaded into k_scale"):
+        new_pair(engine())[1].rendezvous(given)
+
+    class Lenient(ToyAdapter):
+        def optional(self, twin: nn.Module) -> frozenset[str]:
+            return frozenset({"k_scale"} & dict(twin.named_parameters()).keys())
+
+    adapter = engine()
+    adapter.__class__ = Lenient
+    receiver, trainer = new_pair(adapter)
+    trainer.rendezvous(given)
+    assert trainer.push(given, 1).version == 1
+    assert not receiver.dirty
+    assert torch.equal(adapter.live.weight, given["weight"])
+    assert adapter.live.k_scale == 1
+
+
 def test_a_constant_does_not_replace_what_the_checkpoint_loads(tmp_path):
     def fills(module: nn.Module, tensors: Pairs) -> None:
         module.norm.weight.data.zero_()

@@ -80,6 +80,11 @@ class EngineAdapter(abc.ABC):
     def checkpoint(self) -> Path | None:
         """Folder of safetensors that the live weights came from; None where there is none."""
 
+    def optional(self, twin: nn.Module) -> frozenset[str]:
+        """Parameters of a twin that checkpoints may lack: whatever they hold, nothing reads it."""
+        del twin
+        return frozenset()
+
     def synchronize(self) -> None:
         """Wait until the device has finished all that was queued."""
         if self.device.type == "cuda":

@@ -113,6 +113,14 @@ class VllmAdapter(EngineAdapter):
             twin.load_weights(tensors)  # type: ignore[operator]
 
     @override
+    def optional(self, twin: nn.Module) -> frozenset[str]:
+        return frozenset(
+            f"{path}.{name}"
+            for path, module in twin.named_modules()
+            for name in vllm_compat.idle_scales(module)
+        )
+
+    @override
     def finish(self, module: nn.Module) -> None:
         from vllm.model_executor.layers.quantization.base_config import (
             QuantizeMethodBase,

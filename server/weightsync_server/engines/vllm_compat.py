@@ -170,6 +170,20 @@ def is_attention(module: Any) -> bool:
     return isinstance(module, kinds) and hasattr(module, "process_weights_after_loading")
 
 
+def idle_scales(module: Any) -> tuple[str, ...]:
+    """Scales of an attention layer's quantised cache, where its cache is not quantised.
+
+    fp8 checkpoints rarely have them, and post-processing drops them unread.
+    """
+    from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+
+    plain = str(getattr(module, "kv_cache_dtype", "")) in ("auto", "bfloat16", "float16")
+    if not plain or not isinstance(getattr(module, "quant_method", None), BaseKVCacheMethod):
+        return ()
+    scales = ("q_scale", "k_scale", "v_scale", "prob_scale")
+    return tuple(name for name in scales if name in module._parameters)  # noqa: SLF001
+
+
 def _accepted(
     method: Callable[..., Any], needed: dict[str, Any], wanted: dict[str, Any]
 ) -> dict[str, Any]:

@@ -138,6 +138,7 @@ class Target:
             reference.keys()
             if reference is not None
             else {n for n, p in prover.twin.named_parameters() if p.numel()}
+            - prover.adapter.optional(prover.twin)
         )
         filled = {n: [r for m, r in trace.fills if m == n] for n in expected | self.copies.keys()}
         for name in sorted(expected - self.copies.keys()):
