@@ -87,8 +87,8 @@ async def test_every_change_of_state_is_an_event(agent, trainer):
     async def listen() -> None:
         async with agent.http.stream("GET", "/events") as stream:
             async for line in stream.aiter_lines():
-                if line.startswith("data:"):
-                    states.append(json.loads(line[5:]).get("state"))
+                if line.startswith("data:") and "state" in (told := json.loads(line[5:])):
+                    states.append(told["state"])
                     if states[-3:] == ["receiving", "paused", "ready"]:
                         return
 

@@ -48,7 +48,8 @@ from weightsync_server.agent.auth import REPLY_PATH
 from weightsync_server.agent.metrics import Metrics
 from weightsync_server.agent.settings import AgentSettings
 
-TEXT = (Path(__file__).resolve().parents[2] / "docs" / "protocol.md").read_text()
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+TEXT = (DOCS / "protocol.md").read_text()
 #: other tests derive errors of their own
 CODES = {e.code: e.status for e in all_errors() if e.__module__ == StateError.__module__}
 #: names that are no field, code, setting or metric: HTTP's own errors, an outcome, a part of a
@@ -78,9 +79,9 @@ class Table(NamedTuple):
         return [row[index] for row in self.rows]
 
 
-def tables() -> Iterator[Table]:
+def tables(text: str) -> Iterator[Table]:
     heading, table = "", None
-    for line in TEXT.splitlines():
+    for line in text.splitlines():
         if line.startswith("#"):
             heading = line.lstrip("# ")
         if not line.startswith("|"):
@@ -94,7 +95,8 @@ def tables() -> Iterator[Table]:
             table.rows.append([c[1:-1] if re.fullmatch("`[^`]*`", c) else c for c in cells])
 
 
-TABLES = list(tables())
+TABLES = list(tables(TEXT))
+TABLES += list(tables((DOCS / "observability.md").read_text()))
 
 
 def table(heading: str, *columns: str) -> Table:

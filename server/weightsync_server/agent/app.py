@@ -127,6 +127,7 @@ class Agent:
             engines=service.workers.engines,
             workers=service.workers.status,
             last_push=service.clock.last,
+            recent_pushes=list(service.clock.recent),
             last_errors=list(service.errors),
             uptime_s=round(time.monotonic() - self.started, 3),
             protocol_version=PROTOCOL_VERSION,
@@ -179,11 +180,17 @@ class Agent:
             token=None if token is None else token.get_secret_value(),
             secret=secret,
             max_body_nbytes=self.settings.max_body_nbytes,
+            count=self._count_error,
         )
-        problems.install(app)
+        problems.install(app, self._count_error)
         self._add_gets(app)
         self._add_posts(app)
         return app
+
+    def _count_error(self, path: str, code: str) -> None:
+        known = any(getattr(route, "path", None) == path for route in self.app.routes)
+        # whoever guesses paths must not make time series
+        self.metrics.call_errors.labels(path if known else "other", code).inc()
 
     def _add_gets(self, app: FastAPI) -> None:
         @app.get("/healthz")

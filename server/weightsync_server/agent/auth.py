@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -27,15 +28,23 @@ class Gate:
         token: The bearer token; None: none is asked for (loopback only).
         secret: The engine's secret.
         max_body_nbytes: Bytes that a body may have.
+        count: Told the path and the code of each refusal.
     """
 
     def __init__(
-        self, app: ASGIApp, *, token: str | None, secret: str, max_body_nbytes: int
+        self,
+        app: ASGIApp,
+        *,
+        token: str | None,
+        secret: str,
+        max_body_nbytes: int,
+        count: Callable[[str, str], None],
     ) -> None:
         self._app = app
         self._token = token
         self._secret = secret
         self._max_body_nbytes = max_body_nbytes
+        self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI call."""
@@ -47,6 +56,7 @@ class Gate:
             self._check_caller(scope, headers)
             self._check_length(headers)
         except WeightSyncError as error:
+            self._count(scope["path"], error.code)
             # the body stays unread, so the connection cannot be used again
             await problem_response(error, headers={"Connection": "close"})(scope, receive, send)
             return
@@ -114,6 +124,7 @@ class Gate:
             if not too_large:
                 raise
         if too_large and not started:
+            self._count(scope["path"], BodyTooLargeError.code)
             response = problem_response(self._too_large(), headers={"Connection": "close"})
             await response(scope, receive, send)
 

@@ -50,6 +50,7 @@ from weightsync.worker_messages import (
     VerifyBody,
 )
 from weightsync_server.agent.once import Mark, Once
+from weightsync_server.agent.pushes import Traffic
 from weightsync_server.agent.service import Service, Work
 
 log = logging.getLogger(__name__)
@@ -159,7 +160,7 @@ class Calls:
         if not self._once.knows(key):
             step(self._service.state, event)
         bodies = await asyncio.to_thread(self._connect_bodies, request, self._workers)
-        extra = {"bodies": bodies}
+        extra = {"bodies": bodies, "traffic": await asyncio.to_thread(Traffic.of, bodies)}
 
         async def work(begun: Mark) -> StepResponse:
             return await self._step(event, request, request.timeout_s, begun, extra)

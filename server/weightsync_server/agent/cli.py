@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import uvicorn
 
 from weightsync.errors import InputError, WeightSyncError
+from weightsync.logs import formatter
 from weightsync_server.agent.app import Agent
 from weightsync_server.agent.settings import AgentSettings, load_settings
 from weightsync_server.secret import load_secret
@@ -86,10 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point.  Exit status 2: it could not start."""
     try:
         settings = load_settings(argv)
-        logging.basicConfig(
-            level=settings.log_level.upper(),
-            format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
-        )
+        handler = logging.StreamHandler()
+        handler.setFormatter(formatter(settings.log_format))
+        logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
         # one line a second for each look at the engine is no news
         logging.getLogger("httpx").setLevel(logging.WARNING)
         serve(settings)

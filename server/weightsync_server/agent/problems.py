@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from http import HTTPStatus
 
 from fastapi import FastAPI
@@ -46,17 +47,19 @@ def invalid_input(error: ValidationError | RequestValidationError) -> InputError
     )
 
 
-def install(app: FastAPI) -> None:
-    """Set the app's error handlers."""
+def install(app: FastAPI, count: Callable[[str, str], None]) -> None:
+    """Set the app's error handlers; ``count`` is told the path and the code of each error."""
 
-    async def ours(_request: Request, error: Exception) -> JSONResponse:
+    async def ours(request: Request, error: Exception) -> JSONResponse:
         if not isinstance(error, WeightSyncError):
             raise error
+        count(request.url.path, error.code)
         return problem_response(error)
 
-    async def validation(_request: Request, error: Exception) -> JSONResponse:
+    async def validation(request: Request, error: Exception) -> JSONResponse:
         if not isinstance(error, RequestValidationError):
             raise error
+        count(request.url.path, InputError.code)
         return problem_response(invalid_input(error))
 
     async def http(request: Request, error: Exception) -> JSONResponse:
@@ -68,6 +71,7 @@ def install(app: FastAPI) -> None:
             hint="docs/protocol.md and /openapi.json list what there is",
         )
         code = status.phrase.lower().replace(" ", "_")
+        count(request.url.path, code)
         problem = ours.to_problem() | {
             "type": f"urn:weightsync:error:{code}",
             "title": status.phrase,
@@ -80,6 +84,7 @@ def install(app: FastAPI) -> None:
 
     async def bug(request: Request, error: Exception) -> JSONResponse:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        count(request.url.path, WeightSyncError.code)
         return problem_response(
             WeightSyncError(
                 f"{request.method} {request.url.path} failed: {type(error).__name__}",

@@ -41,10 +41,15 @@ from weightsync_server.agent.engines import Engines
 from weightsync_server.agent.events import EventHub
 from weightsync_server.agent.metrics import Metrics
 from weightsync_server.agent.once import Mark
-from weightsync_server.agent.status import ErrorStatus, PushClock
+from weightsync_server.agent.pushes import PushClock
+from weightsync_server.agent.status import ErrorStatus
 from weightsync_server.agent.workers import Workers
 
 log = logging.getLogger(__name__)
+
+
+#: steps that no push is part of: their times go into the metrics alone
+_WITHOUT_PUSH = (Effect.ATTACH, Effect.OPEN, Effect.CONNECT)
 
 
 @dataclass(slots=True)
@@ -87,7 +92,7 @@ class Service:
         self.workers = Workers(engines)
         self.hub = hub
         self.metrics = metrics
-        self.clock = PushClock()
+        self.clock = PushClock(hub, metrics)
         self.errors: deque[ErrorStatus] = deque(maxlen=16)
         self._engine_timeout_s = engine_timeout_s
         self._turn = asyncio.Lock()
@@ -198,8 +203,8 @@ class Service:
             outcome = "engine_lost"
         elif before.owner is not None and state.owner is None:
             outcome = "aborted"
-        if outcome and self.clock.end(outcome):
-            self.metrics.pushes.labels(outcome).inc()
+        if outcome:
+            self.clock.end(outcome, list(self.workers.instances))
 
     def snapshot(self) -> dict[str, Any]:
         """The state as ``/events`` tells it."""
@@ -222,6 +227,7 @@ class Service:
         started = time.monotonic()
         error: WeightSyncError | None = None
         outcome: Outcome | None
+        self.clock.starts(effect.value, work.push_id, getattr(work.event, "version", None))
         try:
             outcome = await self._perform(effect, work)
         except WeightSyncError as failed:
@@ -239,10 +245,11 @@ class Service:
             outcome = _failed(effect, work, error)
         seconds = time.monotonic() - started
         work.seconds[effect.value] = round(seconds, 6)
-        push = self.clock.last
-        if error is None and push is not None and work.push_id == push.push_id:
-            self.clock.add(effect.value, seconds)
+        self.clock.ends(effect.value, work.push_id, ok=error is None)
+        if error is None and effect in _WITHOUT_PUSH:
             self.metrics.seconds.labels(effect.value).observe(seconds)
+        if error is None and effect is Effect.BEGIN:
+            self.clock.starts("write", work.push_id)
         if isinstance(outcome, Resumed):
             self.clock.resumed()
         return outcome, error
@@ -270,15 +277,14 @@ class Service:
                 return SessionOpened(event.session, state.epoch)
             case Effect.CONNECT if isinstance(event, ConnectAsked):
                 await self.workers.connect(work.extra["bodies"], timeout_s=work.left_s())
+                self.clock.connected(work.extra["traffic"])
                 return Connected(event.epoch)
             case Effect.BEGIN if isinstance(event, BeginAsked):
                 await self.workers.begin(
                     event.epoch, event.version, event.push_id, timeout_s=work.left_s()
                 )
-                self.clock.begun(event.version)
                 return None
             case Effect.COMMIT if isinstance(event, CommitAsked):
-                self.clock.committing()
                 if isinstance(request, CommitRequest) and request.reset_prefix_cache:
                     # Before the commit: the drained engine makes no new blocks meanwhile, and if
                     # this fails the workers still say that they are dirty, even to a new agent.

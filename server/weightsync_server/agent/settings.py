@@ -43,6 +43,8 @@ class AgentSettings(BaseModel):
     """File that holds the bearer token that callers must send (or WEIGHTSYNC_TOKEN)."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """What to log."""
+    log_format: Literal["text", "json"] = "text"
+    """How each line of the log is written; json: one object a line."""
     engine_poll_s: Seconds = 1.0
     """Seconds between two looks at the engine."""
     engine_probe_timeout_s: Seconds = 5.0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from pydantic import BaseModel, ConfigDict
 
 from weightsync.protocol import PauseMode, Refusal
@@ -42,6 +40,15 @@ class WorkerStatus(Model):
     attach_seconds: dict[str, float] = {}
 
 
+class PhaseStatus(Model):
+    """One phase of a push; ``seconds`` None: it runs, ``ok`` False: it failed or was cut off."""
+
+    phase: str
+    start_s: float
+    seconds: float | None = None
+    ok: bool = True
+
+
 class PushStatus(Model):
     """One push.  ``outcome``: running, committed, aborted, torn or engine_lost."""
 
@@ -51,6 +58,9 @@ class PushStatus(Model):
     mode: PauseMode = "keep"
     started_at: float
     seconds: dict[str, float] = {}
+    phases: list[PhaseStatus] = []
+    nbytes: int = 0
+    ranks: int = 0
 
 
 class ErrorStatus(Model):
@@ -76,48 +86,8 @@ class StatusResponse(Model):
     engines: list[EngineStatus]
     workers: list[WorkerStatus]
     last_push: PushStatus | None
+    recent_pushes: list[PushStatus]
     last_errors: list[ErrorStatus]
     uptime_s: float
     protocol_version: int
     weightsync_version: str
-
-
-class PushClock:
-    """Times the phases of the push that is running or was the last."""
-
-    def __init__(self) -> None:
-        self.last: PushStatus | None = None
-        self._paused_at = 0.0
-        self._begun_at = 0.0
-
-    def paused(self, push_id: str, mode: PauseMode) -> None:
-        """The push has just stopped the engine."""
-        self.last = PushStatus(push_id=push_id, mode=mode, started_at=time.time())
-        self._paused_at = time.monotonic()
-
-    def begun(self, version: int) -> None:
-        """The workers have just said that writing may start."""
-        self._begun_at = time.monotonic()
-        if self.last is not None:
-            self.last.version = version
-
-    def committing(self) -> None:
-        """The trainer has just said that writing is done."""
-        self.add("write", time.monotonic() - self._begun_at)
-
-    def resumed(self) -> None:
-        """The engine serves again."""
-        if self.last is not None and "paused" not in self.last.seconds:
-            self.add("paused", time.monotonic() - self._paused_at)
-
-    def add(self, phase: str, seconds: float) -> None:
-        """Seconds of one phase."""
-        if self.last is not None:
-            self.last.seconds[phase] = round(seconds, 6)
-
-    def end(self, outcome: str) -> bool:
-        """The push is over; whether that is news."""
-        if self.last is None or self.last.outcome != "running":
-            return False
-        self.last.outcome = outcome
-        return True
