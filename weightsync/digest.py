@@ -1,16 +1,19 @@
 """A digest of bytes that any device computes alike, in one pass and in any order.
 
-The bytes are little-endian 32-bit words ``w[0..n)``, zero-padded.  Two sums modulo 2**64::
+The bytes are little-endian 64-bit words ``w[0..n)``, zero-padded.  Two sums modulo 2**64::
 
     a = sum(w[i])        b = sum((i + 1) * w[i])
 
 and the digest is ``a`` and ``b``, little-endian, 16 bytes.  It is Fletcher's construction
-(J. Fletcher, 1982) with wide words: ``b`` sees any two words exchanged, ``a`` any single one
-changed.  Sums modulo 2**64 do not depend on the order of reduction, so every device and every
-kernel agrees bit for bit.  It finds accidents; it is no defence against an attacker.
+(J. Fletcher, 1982) with wide words.  ``a`` sees any single word changed.  ``b`` sees words ``i``
+and ``j`` exchanged, unless ``(i - j) * (w[i] - w[j])`` is a multiple of 2**64: a chance of
+``2**k / 2**64`` where the distance is an odd multiple of ``2**k`` words.  Sums modulo 2**64 do not
+depend on the order of reduction, so every device and every kernel agrees bit for bit.  It finds
+accidents; it is no defence against an attacker.
 
 Three implementations, one result: :func:`digest_sums` in plain torch operations (the reference,
-any device), numpy's matrix product on the CPU, a Triton kernel on GPUs (``digest_triton``).
+any device), numpy's sums of rows and columns on the CPU (``digest_cpu``), a Triton kernel on GPUs
+(``digest_triton``).
 """
 
 from __future__ import annotations
@@ -18,23 +21,17 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
+from weightsync import digest_cpu
 from weightsync.errors import InputError
 
 DIGEST_NBYTES = 16
+_WORD_NBYTES = 8
 _CHUNK_WORDS = 1 << 20
-_MASK64 = (1 << 64) - 1
-
-#: Words of a row on the CPU.  A row's sum of (c + 1) * word is below 2**32 * 1024 * 1025 / 2 <
-#: 2**52, so that float64 holds it, and every partial sum, exactly.
-_ROW_WORDS = 1024
-#: rows turned into float64 at a time: 2 MiB, which stays in the caches
-_TILE_ROWS = 256
+#: elements that a check turns into wider ones at a time
+_CHUNK_ELEMS = 1 << 22
 
 
 def digest_sums(data: torch.Tensor) -> torch.Tensor:
@@ -42,24 +39,24 @@ def digest_sums(data: torch.Tensor) -> torch.Tensor:
 
     No host synchronisation happens here, so many can be queued and read at once.
     """
-    tail = data.numel() % 4
+    tail = data.numel() % _WORD_NBYTES
     words = data[: data.numel() - tail]
-    # int32 reads need 4-byte alignment, which slots and kernel tensors have; all else is copied
-    if words.data_ptr() % 4 or words.storage_offset() % 4:
+    # int64 reads need 8-byte alignment, which slots and most kernel tensors have; all else is
+    # copied
+    if words.data_ptr() % _WORD_NBYTES or words.storage_offset() % _WORD_NBYTES:
         words = words.clone()
-    words = words.view(torch.int32)
+    words = words.view(torch.int64)
     sums = torch.zeros(2, dtype=torch.int64, device=data.device)
     index = torch.arange(1, min(words.numel(), _CHUNK_WORDS) + 1, device=data.device)
     for start in range(0, words.numel(), _CHUNK_WORDS):
-        # int32 -> int64 sign-extends; masking keeps the words unsigned
-        chunk = words[start : start + _CHUNK_WORDS].to(torch.int64).bitwise_and_(0xFFFFFFFF)
-        total = chunk.sum()
+        chunk = words[start : start + _CHUNK_WORDS]
+        total = chunk.sum()  # int64 wraps as uint64 does
         sums[0] += total
         sums[1] += torch.mul(chunk, index[: chunk.numel()]).sum() + start * total
     if tail:
-        last = torch.zeros(4, dtype=torch.uint8, device=data.device)
+        last = torch.zeros(_WORD_NBYTES, dtype=torch.uint8, device=data.device)
         last[:tail] = data[data.numel() - tail :]
-        word = last.view(torch.int32).to(torch.int64).bitwise_and_(0xFFFFFFFF)[0]
+        word = last.view(torch.int64)[0]
         sums[0] += word
         sums[1] += (words.numel() + 1) * word
     return sums
@@ -73,8 +70,23 @@ def digests(pieces: Sequence[torch.Tensor]) -> list[bytes]:
     Raises:
         InputError: A piece is not flat contiguous uint8, or lies on another device than the first.
     """
+    return scan(pieces, None)[0]
+
+
+def scan(
+    pieces: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype] | None
+) -> tuple[list[bytes], bool]:
+    """:func:`digests`, and whether every value is finite, on a CPU in the same pass.
+
+    Args:
+        pieces: See :func:`digests`.
+        dtypes: Of the values in each piece; ``None``: nobody asks.
+
+    Returns:
+        The digests, and whether no value is NaN or infinite (True where nobody asks).
+    """
     if not pieces:
-        return []
+        return [], True
     device = pieces[0].device
     for p in pieces:
         if p.dtype != torch.uint8 or p.dim() != 1 or not p.is_contiguous() or p.device != device:
@@ -84,51 +96,31 @@ def digests(pieces: Sequence[torch.Tensor]) -> list[bytes]:
                 hint="view the memory as bytes first",
             )
     if device.type == "cpu":
-        return _cpu_digests(pieces)
+        return digest_cpu.scan(pieces, dtypes)
+    flags = [
+        all_finite(p.view(dtype))
+        for p, dtype in zip(pieces, dtypes or (), strict=dtypes is not None)
+        if p.numel() and dtype.is_floating_point
+    ]
     if device.type == "cuda" and find_spec("triton") is not None:
         from weightsync import digest_triton
 
         sums = digest_triton.digest_sums(pieces)
     else:
         sums = torch.stack([digest_sums(p) for p in pieces])
+    finite = bool(torch.stack(flags).all()) if flags else True
     rows: list[list[int]] = sums.tolist()
-    return [struct.pack("<qq", a, b) for a, b in rows]
+    return [struct.pack("<qq", a, b) for a, b in rows], finite
 
 
-def _cpu_digests(pieces: Sequence[torch.Tensor]) -> list[bytes]:
-    """Each digest from exact float64 matrix products, five times as fast as integer sums.
+def all_finite(values: torch.Tensor) -> torch.Tensor:
+    """Whether all of a flat tensor is finite, as a bool scalar on its device.
 
-    A row of 1,024 words times the columns ``1`` and ``1, 2, 3, ...`` gives the row's two sums; the
-    rows' sums are then added as wrapping integers.  All values are below 2**53, so that no order
-    of additions in the matrix product rounds.
+    The extremes of a tensor are NaN if any value is, and infinite if any is: one exact pass, ten
+    times as fast as asking each value.
     """
-    weights = np.stack([np.ones(_ROW_WORDS), np.arange(1.0, _ROW_WORDS + 1)], axis=1)
-    tile = np.empty((_TILE_ROWS, _ROW_WORDS))
-    return [_cpu_digest(p.numpy(), weights, tile) for p in pieces]
-
-
-def _cpu_digest(
-    data: npt.NDArray[np.uint8], weights: npt.NDArray[Any], tile: npt.NDArray[Any]
-) -> bytes:
-    nrows, rest = divmod(data.size, 4 * _ROW_WORDS)
-    # numpy reads words at any address
-    rows = data[: data.size - rest].view("<u4").reshape(nrows, _ROW_WORDS)
-    a = b = 0
-    for first in range(0, nrows, _TILE_ROWS):
-        part = rows[first : first + _TILE_ROWS]
-        wide = tile[: len(part)]
-        np.copyto(wide, part)
-        a, b = _add_rows(a, b, wide @ weights, first)
-    if rest:
-        last = np.zeros(4 * _ROW_WORDS, dtype=np.uint8)
-        last[:rest] = data[data.size - rest :]
-        a, b = _add_rows(a, b, last.view("<u4").astype(np.float64)[None] @ weights, nrows)
-    return struct.pack("<QQ", a, b)
-
-
-def _add_rows(a: int, b: int, sums: npt.NDArray[Any], first: int) -> tuple[int, int]:
-    exact = sums.astype(np.uint64)
-    before = np.arange(first, first + len(exact), dtype=np.uint64) * np.uint64(_ROW_WORDS)
-    a += int(exact[:, 0].sum())
-    b += int(exact[:, 1].sum()) + int((before * exact[:, 0]).sum())
-    return a & _MASK64, b & _MASK64
+    if values.dtype.itemsize == 1:  # fp8 has no reductions
+        parts = torch.split(values, _CHUNK_ELEMS)
+        return torch.stack([torch.isfinite(p.to(torch.float32)).all() for p in parts]).all()
+    low, high = torch.aminmax(values)
+    return torch.isfinite(low) & torch.isfinite(high)

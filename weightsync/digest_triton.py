@@ -15,21 +15,22 @@ import triton
 import triton.language as tl
 
 #: words that a program reads at a time, and how often; a program sums 512 KiB
-_TILE_WORDS = 4096
+_TILE_WORDS = 2048
 _TILES = 32
 _NUM_WARPS = 8
 
 
 @triton.jit
 def _add_words(a: tl.tensor, b: tl.tensor, word: tl.tensor, index: tl.tensor) -> tl.tensor:
-    wide = word.to(tl.uint32, bitcast=True).to(tl.uint64)
-    return a + tl.sum(wide, axis=1), b + tl.sum(wide * (index + 1).to(tl.uint32), axis=1)
+    wide = word.to(tl.uint64, bitcast=True)
+    factor = (index + 1).to(tl.uint32).to(tl.uint64)
+    return a + tl.sum(wide, axis=1), b + tl.sum(wide * factor, axis=1)
 
 
 @triton.jit
 def _digest_kernel(
     sums_ptr: tl.tensor,  # int64[pieces, 2]
-    addr_ptr: tl.tensor,  # int64[pieces], multiples of 4
+    addr_ptr: tl.tensor,  # int64[pieces], multiples of 8
     nbytes_ptr: tl.tensor,  # int64[pieces]
     piece_ptr: tl.tensor,  # int32[programs]: whose chunk this is
     chunk_ptr: tl.tensor,  # int32[programs]: which of the piece's chunks
@@ -42,16 +43,16 @@ def _digest_kernel(
     address = tl.load(addr_ptr + piece)
     nbytes = tl.load(nbytes_ptr + piece)
     # counted from the multiple of 16 bytes before the piece: its first `skew` words are not read
-    skew = address % 16 // 4
-    end = skew + nbytes // 4
-    words_ptr = (address - address % 16).to(tl.pointer_type(tl.int32)) + first
+    skew = address % 16 // 8
+    end = skew + nbytes // 8
+    words_ptr = (address - address % 16).to(tl.pointer_type(tl.int64)) + first
     # this chunk's words, and its first ones that are skipped; 32-bit arithmetic from here on
     words = tl.minimum(end - first, tile_words * tiles).to(tl.int32)
     skip = tl.where(first == 0, skew, 0).to(tl.int32)
-    # four neighbours a row: a thread reads 16 bytes and adds them up before it keeps a sum
-    lane = 4 * tl.arange(0, tile_words // 4)[:, None] + tl.arange(0, 4)[None, :]
-    a = tl.zeros([tile_words // 4], dtype=tl.uint64)
-    b = tl.zeros([tile_words // 4], dtype=tl.uint64)
+    # two neighbours a row: a thread reads 16 bytes and adds them up before it keeps a sum
+    lane = 2 * tl.arange(0, tile_words // 2)[:, None] + tl.arange(0, 2)[None, :]
+    a = tl.zeros([tile_words // 2], dtype=tl.uint64)
+    b = tl.zeros([tile_words // 2], dtype=tl.uint64)
     head = 0
     if skip > 0:
         word = tl.load(words_ptr + lane, mask=(lane >= skip) & (lane < words), other=0)
@@ -68,9 +69,9 @@ def _digest_kernel(
     sum_a = tl.sum(a, axis=0)
     sum_b = tl.sum(b, axis=0)
 
-    # the last one to three bytes are a word of their own, at the end of the last chunk
-    tail = tl.where(first + words == end, nbytes % 4, 0)
-    byte = tl.arange(0, 4)
+    # the last one to seven bytes are a word of their own, at the end of the last chunk
+    tail = tl.where(first + words == end, nbytes % 8, 0)
+    byte = tl.arange(0, 8)
     bytes_ptr = (words_ptr + words).to(tl.pointer_type(tl.uint8)) + byte
     rest = tl.load(bytes_ptr, mask=byte < tail, other=0).to(tl.uint64)
     last = tl.sum(rest << (8 * byte).to(tl.uint64), axis=0)
@@ -86,15 +87,15 @@ def digest_sums(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     """The two sums of each flat contiguous uint8 tensor, as int64[pieces, 2] on their device.
 
     The kernel is queued on the current stream; nothing waits for it.  Pieces that do not start at
-    a multiple of 4 bytes are copied first.
+    a multiple of 8 bytes are copied first.
     """
     device = pieces[0].device
-    pieces = [p if p.data_ptr() % 4 == 0 else p.clone() for p in pieces]
+    pieces = [p if p.data_ptr() % 8 == 0 else p.clone() for p in pieces]
     sums = torch.zeros(len(pieces), 2, dtype=torch.int64, device=device)
     addresses = np.array([p.data_ptr() for p in pieces], dtype=np.int64)
     nbytes = np.array([p.numel() for p in pieces], dtype=np.int64)
     # by whole words: a tail never makes a chunk of its own, but in a piece that has nothing else
-    words = addresses % 16 // 4 + nbytes // 4
+    words = addresses % 16 // 8 + nbytes // 8
     chunks = np.where(nbytes > 0, np.maximum(-(-words // (_TILE_WORDS * _TILES)), 1), 0)
     programs = int(chunks.sum())
     if not programs:

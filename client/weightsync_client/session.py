@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from weightsync.codec import pack
-from weightsync.digest import digests
+from weightsync.digest import scan
 from weightsync.errors import DeadlineError, LayoutError
 from weightsync.layout import WorkerLayout
 from weightsync.manifest import Manifest
@@ -23,7 +23,7 @@ from weightsync.transport.base import PreparedWrite, Side, Transport, WriteOp
 from weightsync.transport.slow_path import warn_if_slow
 from weightsync_client.declaration import Declaration
 from weightsync_client.gather import Gather
-from weightsync_client.slots import Slots, refuse_non_finite
+from weightsync_client.slots import Slots, refuse_non_finite, torch_dtype
 from weightsync_client.source import WeightSource
 
 
@@ -201,10 +201,11 @@ class Session:
         for k in reversed(range(self.rounds)):
             here = self._ranges[k]
             self.slots.fill(source, k)
-            if check_finite:
-                ranges = [(at, nbytes, dtype) for (at, nbytes), dtype in here.items()]
-                bad.update(self.slots.non_finite(source, k, ranges))
-            digest[k] = dict(zip(here, digests(self.slots.pieces(here)), strict=True))
+            dtypes = [torch_dtype(name) for name in here.values()] if check_finite else None
+            found, finite = scan(self.slots.pieces(here), dtypes)
+            if not finite:
+                bad.update(self.slots.non_finite(source, k))
+            digest[k] = dict(zip(here, found, strict=True))
         refuse_non_finite(list(bad.values()))
         return [
             [

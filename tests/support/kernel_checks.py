@@ -153,7 +153,7 @@ def _nothing(device: torch.device) -> str:
 def _digests(device: torch.device) -> str:
     from weightsync import digest_triton
 
-    chunk = 4 * digest_triton._TILE_WORDS * digest_triton._TILES
+    chunk = 8 * digest_triton._TILE_WORDS * digest_triton._TILES
     torch.manual_seed(0)
     memory = torch.randint(0, 256, (2 * chunk + 5000,), dtype=torch.uint8)
     memory[: chunk // 2] = 255
@@ -162,10 +162,10 @@ def _digests(device: torch.device) -> str:
     there.copy_(memory)
     cuts = [
         (start, start + nbytes)
-        for start in (0, 1, 4, 8, 12, 20, 64)
-        for nbytes in (0, 1, 3, 4, 5, 12, 4096, 16384, 16385, chunk - start, chunk, chunk + 3)
+        for start in (0, 1, 4, 8, 12, 24, 64)
+        for nbytes in (0, 1, 4, 7, 8, 9, 12, 4096, 16384, 16385, chunk - start, chunk, chunk + 3)
     ]
-    cuts += [(0, 2 * chunk), (4, 2 * chunk + 4001), (7, 2 * chunk + 4000)]
+    cuts += [(0, 2 * chunk), (8, 2 * chunk + 4005), (7, 2 * chunk + 4000)]
     sums = digest_triton.digest_sums([there[a:b] for a, b in cuts])
     want = torch.stack([digest.digest_sums(memory[a:b]) for a, b in cuts])
     return "\n".join(
