@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from weightsync.errors import DeadlineError
+from weightsync.slab import Slab
 from weightsync.transport.nixl import load_bindings
 from weightsync.transport.nixl_errors import is_done, translated
-from weightsync_client.slots import Slab
 
 _WRITE_S = 60.0
 _PROGRESS_US = 10_000
