@@ -12,9 +12,7 @@ that its weights are whole and of one version.
 
 from __future__ import annotations
 
-import enum
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from dataclasses import replace
 
 from weightsync.errors import (
     EngineDetachedError,
@@ -28,73 +26,19 @@ from weightsync.errors import (
 )
 from weightsync.state_events import (
     AbortAsked,
-    Aborted,
     AttachAsked,
-    Attached,
     BeginAsked,
     CommitAsked,
-    Committed,
     ConnectAsked,
-    Connected,
-    EngineLost,
     Event,
     InitAsked,
-    Outcome,
     PauseAsked,
-    Paused,
-    PauseFailed,
-    PushFailed,
     ResumeAsked,
-    Resumed,
-    SessionOpened,
 )
+from weightsync.state_outcomes import outcome
+from weightsync.state_records import AgentState, Effect, Phase, Step, without_session
 
-Phase = Literal["detached", "ready", "paused", "receiving", "torn"]
-
-
-class Effect(enum.Enum):
-    """What the agent has to do next, in the order given."""
-
-    ATTACH = "attach"
-    PAUSE = "pause"
-    RESUME = "resume"
-    OPEN = "layout"
-    CONNECT = "connect"
-    BEGIN = "begin"
-    COMMIT = "commit"
-    ABORT = "abort"
-    CLOSE = "close"
-
-
-@dataclass(frozen=True, slots=True)
-class AgentState:
-    """Everything that decides which calls are legal.
-
-    Attributes:
-        phase: See the module's docstring.
-        version: The last version that was whole on every worker.
-        target: Receiving: the version that is coming.  Torn: the lowest version that repairs: the
-            interrupted one, or the next after those that workers already hold.
-        owner: The push that holds the engine; None with ``paused``: it was paused by hand.
-        session: The open rendezvous.
-        epoch: The last epoch that was given out; it only grows.
-        connected: Whether the session has finished round 2.
-    """
-
-    phase: Phase = "detached"
-    version: int = 0
-    target: int | None = None
-    owner: str | None = None
-    session: str | None = None
-    epoch: int = 0
-    connected: bool = False
-
-
-class Step(NamedTuple):
-    """A new state and what to do about it."""
-
-    state: AgentState
-    effects: tuple[Effect, ...] = ()
+__all__ = ["AgentState", "Effect", "Phase", "Step", "check_verify", "step"]
 
 
 def step(state: AgentState, event: Event) -> Step:
@@ -115,7 +59,7 @@ def step(state: AgentState, event: Event) -> Step:
         case InitAsked():
             _refuse_detached(state)
             _refuse_other_push(state, None)
-            ended = replace(_without_session(state), epoch=state.epoch + 1)
+            ended = replace(without_session(state), epoch=state.epoch + 1)
             return Step(ended, (Effect.OPEN,))
         case ConnectAsked(session, epoch):
             _refuse_detached(state)
@@ -129,7 +73,7 @@ def step(state: AgentState, event: Event) -> Step:
         case AbortAsked(push_id):
             return _abort(state, push_id)
         case _:
-            return _outcome(state, event)
+            return outcome(state, event)
 
 
 def check_verify(state: AgentState, session: str, epoch: int) -> None:
@@ -252,79 +196,6 @@ def _abort(state: AgentState, push_id: str) -> Step:
     if state.phase == "paused":
         return Step(state, (Effect.RESUME,))
     return Step(replace(state, owner=None))  # torn: a repair that never began
-
-
-# ------------------------------------------------------------------ outcomes
-
-
-def _outcome(state: AgentState, event: Outcome) -> Step:
-    if isinstance(event, Attached):
-        return _attached(state, event)
-    if isinstance(event, EngineLost):
-        return Step(replace(state, phase="detached"))
-    if state.phase == "detached":
-        return Step(state)  # the answer of an engine that is gone: the next describe tells
-    match event:
-        case Paused(push_id) if state.phase == "ready":
-            return Step(replace(state, phase="paused", owner=push_id))
-        case Paused(push_id) if state.phase == "torn":
-            return Step(replace(state, owner=push_id))
-        case PauseFailed(push_id) if state.phase == "ready":
-            # paused until proven otherwise; if the resume fails too, the push's idle deadline or
-            # a person tries again
-            return Step(replace(state, phase="paused", owner=push_id), (Effect.RESUME,))
-        case Resumed() if state.phase == "paused":
-            return Step(replace(state, phase="ready", owner=None))
-        case SessionOpened(session, epoch) if epoch == state.epoch:
-            return Step(replace(state, session=session))
-        case Connected(epoch) if epoch == state.epoch and state.session is not None:
-            return Step(replace(state, connected=True))
-        case Committed(version, over) if state.phase == "receiving" and version == state.target:
-            whole = replace(state, phase="paused", version=version, target=None)
-            # what one worker has ended, the others end too (WS-8)
-            return Step(_without_session(whole), (Effect.CLOSE,)) if over else Step(whole)
-        case PushFailed(reachable) if state.phase == "receiving":
-            if reachable:
-                return Step(state, (Effect.ABORT,))
-            return Step(_torn(state))
-        case Aborted(versions, dirty) if state.phase == "receiving":
-            if dirty or len(versions) != 1:
-                lowest = max((state.target or 0, *(v + 1 for v in versions)))
-                torn = replace(_torn(state), target=lowest)
-                return Step(torn, (Effect.CLOSE,) if versions else ())
-            # WS-8: a late write of this push must find its registrations gone, so the epoch ends
-            # even where nothing was touched
-            whole = replace(_without_session(state), phase="paused", target=None)
-            return Step(replace(whole, version=min(versions)), (Effect.CLOSE, Effect.RESUME))
-        case _:
-            return Step(state)
-
-
-def _attached(state: AgentState, event: Attached) -> Step:
-    interrupted = state.target is not None
-    going_on = event.same and event.epoch == state.epoch and not interrupted
-    known = replace(state, epoch=max(state.epoch, event.epoch), version=min(event.versions))
-    if not going_on:
-        known = _without_session(known)
-    if event.dirty or len(event.versions) != 1:
-        newer = max(event.versions) + 1
-        target = max(newer, state.target or 0) if event.same else newer
-        torn = replace(_without_session(known), phase="torn", owner=None, target=target)
-        close = (Effect.CLOSE,) if event.same and state.session is not None else ()
-        # a torn engine that runs is stopped at once (WS-4)
-        return Step(torn, close if event.paused else (Effect.PAUSE, *close))
-    if event.paused:
-        owner = state.owner if event.same and state.phase != "torn" else None
-        return Step(replace(known, phase="paused", target=None, owner=owner))
-    return Step(replace(known, phase="ready", target=None, owner=None))
-
-
-def _without_session(state: AgentState) -> AgentState:
-    return replace(state, session=None, connected=False)
-
-
-def _torn(state: AgentState) -> AgentState:
-    return replace(_without_session(state), phase="torn", owner=None)
 
 
 # ------------------------------------------------------------------ refusals

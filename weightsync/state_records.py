@@ -1,0 +1,64 @@
+"""What the agent's state machine is made of: the state, the effects, and a step's outcome."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+Phase = Literal["detached", "ready", "paused", "receiving", "torn"]
+
+
+class Effect(enum.Enum):
+    """What the agent has to do next, in the order given."""
+
+    ATTACH = "attach"
+    PAUSE = "pause"
+    RESUME = "resume"
+    OPEN = "layout"
+    CONNECT = "connect"
+    BEGIN = "begin"
+    COMMIT = "commit"
+    ABORT = "abort"
+    CLOSE = "close"
+
+
+@dataclass(frozen=True, slots=True)
+class AgentState:
+    """Everything that decides which calls are legal.
+
+    Attributes:
+        phase: See the module's docstring.
+        version: The last version that was whole on every worker.
+        target: Receiving: the version that is coming.  Torn: the lowest version that repairs: the
+            interrupted one, or the next after those that workers already hold.
+        owner: The push that holds the engine; None with ``paused``: it was paused by hand.
+        session: The open rendezvous.
+        epoch: The last epoch that was given out; it only grows.
+        connected: Whether the session has finished round 2.
+    """
+
+    phase: Phase = "detached"
+    version: int = 0
+    target: int | None = None
+    owner: str | None = None
+    session: str | None = None
+    epoch: int = 0
+    connected: bool = False
+
+
+class Step(NamedTuple):
+    """A new state and what to do about it."""
+
+    state: AgentState
+    effects: tuple[Effect, ...] = ()
+
+
+def without_session(state: AgentState) -> AgentState:
+    """The same, its rendezvous over."""
+    return replace(state, session=None, connected=False)
+
+
+def torn(state: AgentState) -> AgentState:
+    """The same, its weights not whole; nobody holds it."""
+    return replace(without_session(state), phase="torn", owner=None)
