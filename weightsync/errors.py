@@ -7,6 +7,8 @@ WeightSyncError                     the root; never raised itself
 │   ├── ProtocolMismatchError       trainer and agent speak different protocol versions
 │   └── BodyTooLargeError           a request body is over its limit
 ├── AuthError                       token or shared secret is missing or wrong
+│   ├── ForbiddenError              the session is another trainer's
+│   └── TooManyAttemptsError        wrong tokens came from that address: wait
 ├── StateError                      legal call, wrong moment; nothing changed
 │   ├── EngineDetachedError         the agent has no engine
 │   ├── EnginePausedError           the engine was paused by hand
@@ -111,6 +113,23 @@ class AuthError(WeightSyncError):
 
     code = "unauthorized"
     status = 401
+
+
+class ForbiddenError(AuthError):
+    """The session is another trainer's."""
+
+    code = "forbidden"
+    status = 403
+
+
+class TooManyAttemptsError(AuthError):
+    """Too many wrong tokens came from that address.
+
+    ``context["retry_after_s"]`` is how long it has to wait, in seconds.
+    """
+
+    code = "too_many_attempts"
+    status = 429
 
 
 class StateError(WeightSyncError):

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from weightsync.manifest import Manifest, TensorSpec
 
 PROTOCOL_VERSION = 1
+#: what a trainer proves with that a session is its own; see weightsync_server.agent.session_guard
+SESSION_SECRET_HEADER = "X-Weightsync-Session-Secret"  # noqa: S105
 
 Packed = str
 Name = Annotated[str, StringConstraints(min_length=1, max_length=1024)]

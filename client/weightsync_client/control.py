@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures as cf
 import json
+import secrets
 import ssl
 import time
 from collections.abc import Callable, Sequence
@@ -23,10 +24,11 @@ from weightsync.errors import (
     DeadlineError,
     InputError,
     ProtocolMismatchError,
+    TooManyAttemptsError,
     WeightSyncError,
     from_problem,
 )
-from weightsync.protocol import Message
+from weightsync.protocol import SESSION_SECRET_HEADER, Message
 from weightsync_client.settings import Deadlines
 
 T = TypeVar("T")
@@ -84,6 +86,19 @@ class Agent:
 
     def _request(self, method: str, path: str, body: bytes | None, timeout_s: float) -> Any:
         deadline = time.monotonic() + timeout_s + self._deadlines.grace_s
+        while True:
+            try:
+                return self._request_once(method, path, body, timeout_s, deadline)
+            except TooManyAttemptsError as error:
+                # somebody else at our address sends wrong tokens; it is over in seconds
+                wait_s = float(error.context.get("retry_after_s", 1.0))
+                if time.monotonic() + wait_s >= deadline:
+                    raise
+                time.sleep(wait_s)
+
+    def _request_once(
+        self, method: str, path: str, body: bytes | None, timeout_s: float, deadline: float
+    ) -> Any:
         call = f"{method} {path}"
         for attempt in (1, 2):
             try:
@@ -185,9 +200,13 @@ class Fleet:
                 f"agents must be one or more different addresses, got {list(urls)}",
                 hint='for example Publisher(["http://127.0.0.1:9100"])',
             )
+        # What it opens at its agents is its own: see weightsync.protocol.SESSION_SECRET_HEADER.
+        headers = {SESSION_SECRET_HEADER: secrets.token_urlsafe(32)}
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
         # The environment's proxies are for the internet, not for the fleet (trust_env).
         self._http = httpx.Client(
-            headers={"Authorization": f"Bearer {token}"} if token else {},
+            headers=headers,
             limits=httpx.Limits(max_keepalive_connections=None, keepalive_expiry=60.0),
             trust_env=False,
             verify=verify,

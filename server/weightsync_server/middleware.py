@@ -30,6 +30,7 @@ from weightsync.errors import (
 )
 from weightsync.protocol import PROTOCOL_VERSION, Message, PauseMode, Seconds, WorkerCommand
 from weightsync_server.engines import vllm_compat as compat
+from weightsync_server.same_host import is_from_same_host
 from weightsync_server.secret import HEADER, load_secret, same_secret
 
 PREFIX = "/weightsync/"
@@ -89,6 +90,12 @@ class WeightsyncMiddleware:
         await response(scope, receive, send)
 
     async def _answer(self, request: Request) -> dict[str, Any]:
+        # the engine's server may listen to the world; these calls are for the agent beside it
+        if not is_from_same_host(request.scope):
+            raise AuthError(
+                f"{PREFIX}* is for the agent on this host, not for {request.scope['client'][0]}",
+                hint="speak to the agent: it is the door to the outside",
+            )
         if not same_secret(request.headers.get(HEADER), self._secret):
             raise AuthError(
                 "the engine secret is missing or wrong",

@@ -18,6 +18,7 @@ from weightsync.errors import (
     RefusedError,
     WeightSyncError,
 )
+from weightsync.tokens import read_tokens
 from weightsync_client.control import Fleet
 from weightsync_client.settings import Deadlines, token_from_env
 
@@ -90,25 +91,14 @@ def tell_error(command: str, error: WeightSyncError) -> None:
 
 
 def read_token(path: Path | None) -> str | None:
-    """The bearer token: of the file, else ``WEIGHTSYNC_TOKEN``, else none.
+    """The bearer token: of the file its first line, else ``WEIGHTSYNC_TOKEN``, else none.
 
     Raises:
         InputError: The file cannot be read, or holds no token.
     """
     if path is None:
         return token_from_env()
-    try:
-        token = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"cannot read the token file {path}: {error}",
-            hint="name the file that the agent was started with (--token-file)",
-        ) from error
-    if not token or not token.isascii() or any(c.isspace() for c in token):
-        raise InputError(
-            f"the token file {path} holds no token", hint="one line of letters and digits"
-        )
-    return token
+    return read_tokens(path)[0]
 
 
 def new_fleet(urls: Sequence[str], token_file: Path | None, deadlines: Deadlines) -> Fleet:

@@ -17,6 +17,7 @@ import weightsync
 from weightsync.errors import EngineDetachedError, EngineTornError, StaleVersionError, StateError
 from weightsync.protocol import (
     PROTOCOL_VERSION,
+    SESSION_SECRET_HEADER,
     AbortRequest,
     AttachRequest,
     BeginRequest,
@@ -43,8 +44,10 @@ from weightsync_server.agent.events import EventHub
 from weightsync_server.agent.metrics import Metrics
 from weightsync_server.agent.replies import Replies
 from weightsync_server.agent.service import Service
+from weightsync_server.agent.session_guard import SessionGuard
 from weightsync_server.agent.settings import AgentSettings
 from weightsync_server.agent.status import StatusResponse
+from weightsync_server.agent.tokens import Tokens
 from weightsync_server.agent.watch import Watch
 
 M = TypeVar("M", bound=Message)
@@ -174,10 +177,9 @@ class Agent:
             description="Carries new weights into the engine beside it, whole or not at all.",
             lifespan=lifespan,
         )
-        token = self.settings.token
         app.add_middleware(
             Gate,
-            token=None if token is None else token.get_secret_value(),
+            tokens=Tokens.of(self.settings),
             secret=secret,
             max_body_nbytes=self.settings.max_body_nbytes,
             count=self._count_error,
@@ -243,6 +245,7 @@ class Agent:
 
     def _add_posts(self, app: FastAPI) -> None:
         calls = self.calls
+        guard = SessionGuard()
         schemas: dict[str, Any] = {}
 
         def post(
@@ -263,7 +266,9 @@ class Agent:
                 response_model=answer,
             )
             async def handle(request: Request) -> R:
-                return await call(await parsed(kind, await request.body()))
+                message = await parsed(kind, await request.body())
+                guard.check(message, request.headers.get(SESSION_SECRET_HEADER))
+                return await call(message)
 
         post("/attach", AttachRequest, StepResponse, calls.attach)
         post("/pause", PauseRequest, StepResponse, calls.pause)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import hmac
+import math
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from weightsync.errors import AuthError, BodyTooLargeError, InputError, WeightSyncError
+from weightsync.errors import (
+    AuthError,
+    BodyTooLargeError,
+    InputError,
+    TooManyAttemptsError,
+    WeightSyncError,
+)
 from weightsync_server.agent.problems import problem_response
-from weightsync_server.agent.settings import is_loopback
+from weightsync_server.agent.tokens import FailedAttempts, Tokens
+from weightsync_server.same_host import is_from_same_host, is_loopback
 from weightsync_server.secret import HEADER, same_secret
 
 #: no token needed: probes of a load balancer or an orchestrator
@@ -25,7 +32,7 @@ class Gate:
 
     Args:
         app: What is guarded.
-        token: The bearer token; None: none is asked for (loopback only).
+        tokens: The bearer tokens; None: none is asked for (loopback only).
         secret: The engine's secret.
         max_body_nbytes: Bytes that a body may have.
         count: Told the path and the code of each refusal.
@@ -35,13 +42,14 @@ class Gate:
         self,
         app: ASGIApp,
         *,
-        token: str | None,
+        tokens: Tokens | None,
         secret: str,
         max_body_nbytes: int,
         count: Callable[[str, str], None],
     ) -> None:
         self._app = app
-        self._token = token
+        self._tokens = tokens
+        self._attempts = FailedAttempts()
         self._secret = secret
         self._max_body_nbytes = max_body_nbytes
         self._count = count
@@ -58,13 +66,22 @@ class Gate:
         except WeightSyncError as error:
             self._count(scope["path"], error.code)
             # the body stays unread, so the connection cannot be used again
-            await problem_response(error, headers={"Connection": "close"})(scope, receive, send)
+            answer = problem_response(error, headers={"Connection": "close"})
+            if isinstance(error, TooManyAttemptsError):
+                answer.headers["Retry-After"] = str(math.ceil(error.context["retry_after_s"]))
+            await answer(scope, receive, send)
             return
         await self._limited(scope, receive, send)
 
     def _check_caller(self, scope: Scope, headers: Headers) -> None:
         if scope["path"] == REPLY_PATH:
-            _check_same_host(scope)
+            # workers are on this host: they come over loopback, or from the address that they call
+            if not is_from_same_host(scope):
+                raise AuthError(
+                    f"{REPLY_PATH} is for the engine's workers on this host, not for "
+                    f"{scope['client'][0]}",
+                    hint="trainers use the other calls, with the token",
+                )
             if not same_secret(headers.get(HEADER), self._secret):
                 raise AuthError(
                     "the engine secret is missing or wrong",
@@ -73,16 +90,21 @@ class Gate:
             return
         if scope["path"] in OPEN_PATHS:
             return
-        if self._token is None:
+        if self._tokens is None:
             _check_not_a_browser(headers)
             return
+        peer = scope.get("client")
+        self._attempts.check(peer)
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        expected = self._token.encode()
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), expected):
+        if scheme.lower() != "bearer" or not self._tokens.accept(given.strip()):
+            # a call without any token is a mistake, and guesses nothing
+            if given:
+                self._attempts.failed(peer)
             raise AuthError(
                 "the bearer token is missing or wrong",
                 hint="send Authorization: Bearer TOKEN, with the token that the agent was given",
             )
+        self._attempts.succeeded(peer)
 
     def _check_length(self, headers: Headers) -> None:
         length = headers.get("content-length", "0")
@@ -127,17 +149,6 @@ class Gate:
             self._count(scope["path"], BodyTooLargeError.code)
             response = problem_response(self._too_large(), headers={"Connection": "close"})
             await response(scope, receive, send)
-
-
-def _check_same_host(scope: Scope) -> None:
-    """Workers are on this host: they come from loopback, or from the address that they call."""
-    peer, server = scope.get("client"), scope.get("server")
-    if peer is None or is_loopback(peer[0]) or (server is not None and peer[0] == server[0]):
-        return
-    raise AuthError(
-        f"{REPLY_PATH} is for the engine's workers on this host, not for {peer[0]}",
-        hint="trainers use the other calls, with the token",
-    )
 
 
 def _check_not_a_browser(headers: Headers) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from weightsync.errors import InputError
 from weightsync.protocol import Seconds
+from weightsync.tokens import check_token, read_tokens
+from weightsync_server.same_host import is_loopback
 
 ENV_PREFIX = "WEIGHTSYNC_AGENT_"
 #: the token is the trainer's too, so its variable has no prefix of the agent's
@@ -40,7 +41,8 @@ class AgentSettings(BaseModel):
     port: Annotated[int, Field(ge=0, le=65_535)] = 9100
     """Port to listen on; 0: any free one."""
     token_file: Path | None = None
-    """File that holds the bearer token that callers must send (or WEIGHTSYNC_TOKEN)."""
+    """File that holds the bearer token that callers must send (or WEIGHTSYNC_TOKEN), and in a
+    second line the one that it replaces; read again whenever it changes."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """What to log."""
     log_format: Literal["text", "json"] = "text"
@@ -84,16 +86,6 @@ class AgentSettings(BaseModel):
         return urls
 
 
-def is_loopback(host: str) -> bool:
-    """Whether an address (or ``localhost``) can be reached from this host only."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def load_settings(
     argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ
 ) -> AgentSettings:
@@ -128,20 +120,13 @@ def load_settings(
 
 
 def _token(settings: AgentSettings, environ: Mapping[str, str]) -> SecretStr | None:
-    value = environ.get(ENV_TOKEN) or None
     if settings.token_file is not None:
-        try:
-            value = settings.token_file.read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"cannot read the token file {settings.token_file}: {error}",
-                hint="make it, readable for the agent's user",
-            ) from error
-        if not value:
-            raise InputError(f"the token file {settings.token_file} is empty", hint="fill it")
-    if value is not None and (not value.isascii() or any(c.isspace() for c in value)):
-        raise InputError("the token holds spaces or what is not ASCII", hint="use letters, digits")
-    return None if value is None else SecretStr(value)
+        return SecretStr(read_tokens(settings.token_file)[0])
+    value = environ.get(ENV_TOKEN)
+    if not value:
+        return None
+    check_token(value, ENV_TOKEN)
+    return SecretStr(value)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,0 +1,60 @@
+"""A rendezvous belongs to the trainer that opened it.
+
+Session ids are no secret: ``/status`` and ``/events`` tell them.  So the trainer sends a secret of
+its own with every call, and what it sent with ``/init_transfer`` is asked of every later call
+that names the session: nobody else can hand in NIXL metadata for it, or begin, commit and verify.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections import OrderedDict
+
+from weightsync.errors import ForbiddenError
+from weightsync.protocol import (
+    BeginRequest,
+    CommitRequest,
+    ConnectRequest,
+    InitTransferRequest,
+    Message,
+    VerifyRequest,
+)
+
+#: sessions that are remembered: more than there are remembered answers
+_KEPT = 256
+
+
+class SessionGuard:
+    """Remembers whose the last sessions are.  Used on the event loop only."""
+
+    def __init__(self) -> None:
+        self._owners: OrderedDict[str, bytes] = OrderedDict()
+
+    def check(self, message: Message, secret: str | None) -> None:
+        """Refuse a call that is in another trainer's session.
+
+        Args:
+            message: Of the call.
+            secret: What came with it; None: nothing, which opens a session that asks for nothing.
+
+        Raises:
+            ForbiddenError: The session was opened with another secret.
+        """
+        if not isinstance(
+            message,
+            (InitTransferRequest, ConnectRequest, BeginRequest, CommitRequest, VerifyRequest),
+        ):
+            return
+        given = hashlib.sha256((secret or "").encode()).digest()
+        owner = self._owners.get(message.session)
+        if owner is not None and not hmac.compare_digest(owner, given):
+            raise ForbiddenError(
+                f"session {message.session} was opened by another trainer",
+                hint="make a rendezvous of your own: POST /init_transfer with a new session",
+            )
+        if isinstance(message, InitTransferRequest):
+            self._owners[message.session] = given
+            self._owners.move_to_end(message.session)
+            if len(self._owners) > _KEPT:
+                self._owners.popitem(last=False)
