@@ -36,10 +36,13 @@ def test_every_case_is_measured_and_written_into_the_folder(tmp_path: Path) -> N
     assert "| push |" in (tmp_path / "bench-gpu.md").read_text()
     assert said["failed"] == {"vllm_nccl": "NCCL needs a GPU for each process"}
     pushes = {"push", "expandable_push", "moe_push", "cpu_trainer_cpu_thread"}
+    pushes |= {"fp8_push", "fp8_local_copy", "split_push"}
     assert pushes | {"raw_nixl_write", "gloo_broadcast"} <= said["seconds"].keys()
     assert all(len(series["values"]) == 2 for series in said["seconds"].values())
     assert said["ratios"]["write_vs_raw_nixl"] > 0
     assert said["ratios"]["write_vs_device_copy"] is None
+    assert said["ratios"]["fp8_fill_vs_local_copy"] > 0
+    assert said["ratios"]["split_write_vs_write"] > 0
 
 
 @pytest.mark.parametrize(

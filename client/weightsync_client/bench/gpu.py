@@ -22,16 +22,21 @@ from weightsync_client.bench.engine import Engine
 from weightsync_client.bench.figures import Case, Figures, run_rounds
 from weightsync_client.bench.gpu_targets import judge
 from weightsync_client.bench.loopback import push_seconds
-from weightsync_client.bench.part import Part
+from weightsync_client.bench.part import Job, Part
+from weightsync_client.demo.link import torchrun_environ
 from weightsync_client.demo.options import DemoOptions
 from weightsync_client.demo.processes import Deadline, Processes
 from weightsync_client.demo.stack import engine_environ
 
-CaseName = Literal["dense", "expandable", "cpu", "moe", "vllm_nccl"]
-CASES: tuple[CaseName, ...] = ("dense", "expandable", "cpu", "moe", "vllm_nccl")
+CaseName = Literal["dense", "expandable", "cpu", "moe", "fp8", "split", "vllm_nccl"]
+CASES: tuple[CaseName, ...] = ("dense", "expandable", "cpu", "moe", "fp8", "split", "vllm_nccl")
+#: cases that need more GPUs than some machines have: their absence is no failure
+MAY_LACK: frozenset[str] = frozenset({"vllm_nccl", "split"})
 #: what a case other than ``dense`` keeps of a push
 _KEPT = ("push", "write", "paused", "paused_beyond_write", "fill", "commit")
 _ALONE = "NCCL needs a GPU for each process"
+_SPLIT = 2
+_FEW = "two trainer ranks and two workers need four GPUs"
 _START_S = 240.0
 _MAKE_S = 120.0
 _SWEEP_NBYTES = _ALONE_NBYTES = 4 << 30
@@ -111,39 +116,54 @@ class _Gpu:
         self._dense_made: dict[str, Any] = {}
 
     def run(self) -> None:
-        cases = self._options.cases
+        cases, figures = self._options.cases, self._figures
         dense = self._config("dense", models.qwen3_8b())
+        experts = self._config("moe", models.many_experts())
+        if len(figures.facts["gpus"]) < 2 and "vllm_nccl" in cases:
+            figures.failed["vllm_nccl"] = _ALONE
+        if self._cuda and len(figures.facts["gpus"]) < 2 * _SPLIT and "split" in cases:
+            figures.failed["split"] = _FEW
         # All engines load at the same time, before anything is measured.
-        engine = self._engine("dense", dense) if {"dense", "expandable", "cpu"} & {*cases} else None
-        experts = self._config("moe", models.many_experts()) if "moe" in cases else None
-        moe = self._engine("moe", experts) if experts else None
+        engines: dict[str, Engine] = {}
+        if {"dense", "expandable", "cpu"} & {*cases}:
+            engines["dense"] = self._engine("dense", dense)
+        if "moe" in cases:
+            engines["moe"] = self._engine("moe", experts)
+        if "fp8" in cases:
+            served = self._config("fp8", models.as_fp8(models.qwen3_8b()))
+            engines["fp8"] = self._engine("fp8", served if self._cuda else dense, fp8=True)
+        if "split" in cases and "split" not in figures.failed:
+            engines["split"] = self._engine("split", dense, workers=_SPLIT if self._cuda else 1)
         nccl = None
-        if "vllm_nccl" in cases and len(self._figures.facts["gpus"]) < 2:
-            self._figures.failed["vllm_nccl"] = _ALONE
-        elif "vllm_nccl" in cases:
+        if "vllm_nccl" in cases and "vllm_nccl" not in figures.failed:
             nccl = VllmNccl(
                 self._processes, self._deadline, dense.parent, engine_environ(self._kind)
             )
         self._told("engines are starting")
-        for name, one in (("dense", engine), ("moe", moe)):
-            if one is not None:
-                with self._case(name):
-                    self._figures.facts["engine"] = one.wait_ready()
+        for name, one in engines.items():
+            with self._case(name):
+                figures.facts["engine"] = one.wait_ready()
         if nccl is not None:
             with self._case("vllm_nccl"):
                 nccl.wait_loaded(_START_S)
-        if engine is not None and "dense" not in self._figures.failed:
-            if "dense" in cases:
-                self._dense(engine, dense)
-            self._others(engine, dense)
-            engine.stop()
-        if moe is not None and experts is not None and "moe" not in self._figures.failed:
-            self._moe(moe, experts)
-        if nccl is not None and "vllm_nccl" not in self._figures.failed:
+        measures = {
+            "dense": self._of_dense, "moe": self._moe, "fp8": self._fp8, "split": self._split
+        }  # fmt: skip
+        for name, one in engines.items():
+            if name not in figures.failed:
+                measures[name](one, experts if name == "moe" else dense)
+            one.stop()
+        if nccl is not None and "vllm_nccl" not in figures.failed:
             with self._case("vllm_nccl"):
                 self._nccl(nccl)
         with self._case("targets"):
-            judge(self._figures)
+            judge(figures)
+
+    def _of_dense(self, engine: Engine, config: Path) -> None:
+        """Everything that pushes into the one engine of the dense model."""
+        if "dense" in self._options.cases:
+            self._dense(engine, config)
+        self._others(engine, config)
 
     def _dense(self, engine: Engine, config: Path) -> None:
         """Pushes and all that moves the same bytes, in turn."""
@@ -190,14 +210,38 @@ class _Gpu:
             facts = {"blocking_sync": True}
             with self._case("cpu"), self._trainer("cpu", config, facts=facts) as trainer:
                 kept = ("trainer_cpu_thread", "trainer_cpu_process")
-                self._pushes("cpu", trainer, engine, kept, copies=False)
+                self._pushes("cpu", trainer, engine, kept, beside={})
 
     def _moe(self, engine: Engine, config: Path) -> None:
         with self._case("moe"), self._trainer("moe", config) as trainer:
             self._figures.facts["moe_nbytes"] = int(self._made["nbytes"])
             self._figures.facts["moe_tensors"] = len(self._made["shapes"])
             self._pushes("moe", trainer, engine)
-        engine.stop()
+
+    def _fp8(self, engine: Engine, config: Path) -> None:
+        """A bfloat16 trainer that quantises as it fills, and copies within its memory."""
+        copied = _SWEEP_NBYTES if self._cuda else 1 << 20
+        with self._case("fp8"), self._trainer("fp8", config, facts={"fp8": True}) as trainer:
+            sent = int(self._made["published_nbytes"])
+            # every value is read once and every byte of the wire is written once
+            moved = {
+                "fp8_fill": int(self._made["nbytes"]) + sent,
+                "fp8_write": sent,
+                "fp8_local_copy": 2 * copied,
+            }
+
+            def copy() -> dict[str, float]:
+                return {
+                    "fp8_local_copy": trainer.ask("copy", timeout_s=_MAKE_S, nbytes=copied)["copy"]
+                }
+
+            self._pushes("fp8", trainer, engine, beside={"fp8_local_copy": copy}, moved=moved)
+
+    def _split(self, engine: Engine, config: Path) -> None:
+        """FSDP2 ranks, each with a GPU, and an engine with as many workers."""
+        with self._case("split"), self._trainer("split", config, ranks=_SPLIT) as trainer:
+            moved = {"split_write": int(self._made["nbytes"])}
+            self._pushes("split", trainer, engine, beside={}, moved=moved)
 
     def _nccl(self, nccl: VllmNccl) -> None:
         """VLLM's own transfer of the dense model."""
@@ -218,13 +262,17 @@ class _Gpu:
     def _pushes(
         self,
         case: str,
-        trainer: Part,
+        trainer: Job,
         engine: Engine,
         kept: tuple[str, ...] = _KEPT,
         *,
-        copies: bool = True,
+        beside: Mapping[str, Case] | None = None,
+        moved: Mapping[str, int] | None = None,
     ) -> None:
-        """Pushes of another trainer, and copies of the same bytes between them."""
+        """Pushes of another trainer, and what runs beside them: copies of the same bytes, if None.
+
+        ``moved``: bytes of series, where they are not those of the model.
+        """
         nbytes = int(self._made["nbytes"])
         pair = self._baselines
 
@@ -232,23 +280,30 @@ class _Gpu:
             seconds = _push(trainer, engine)
             return {f"{case}_{name}": seconds[name] for name in kept}
 
-        cases: dict[str, Case] = {f"{case}_push": push}
-        if copies and pair is not None and self._cuda:
+        cases: dict[str, Case] = {f"{case}_push": push, **(beside or {})}
+        if beside is None and pair is not None and self._cuda:
             cases[f"{case}_device_copy"] = lambda: {f"{case}_device_copy": pair.copy_device(nbytes)}
-        self._rounds(cases, nbytes, essential=f"{case}_push")
+        self._rounds(cases, nbytes, essential=f"{case}_push", moved=moved)
 
     def _copy(self, pair: Baselines, nbytes: int) -> float:
         """Seconds of copying that many bytes; scaled from fewer where one GPU must hold both."""
         copied = nbytes if len(self._figures.facts["gpus"]) > 1 else min(nbytes, _ALONE_NBYTES)
         return pair.copy_device(copied) * nbytes / copied
 
-    def _rounds(self, cases: Mapping[str, Case], nbytes: int, essential: str = "push") -> None:
-        moved = (
+    def _rounds(
+        self,
+        cases: Mapping[str, Case],
+        nbytes: int,
+        essential: str = "push",
+        moved: Mapping[str, int] | None = None,
+    ) -> None:
+        moving = (
             "push", "write", "fill", "commit", "device_copy", "raw_nixl_write", "nccl_broadcast",
             "gloo_broadcast", "vllm_nccl_packed", "vllm_nccl_unpacked",
         )  # fmt: skip
-        names = dict.fromkeys(moved, nbytes)
-        names |= {f"{c}_{name}": nbytes for c in ("expandable", "moe") for name in moved}
+        names = dict.fromkeys(moving, nbytes)
+        names |= {f"{c}_{name}": nbytes for c in ("expandable", "moe") for name in moving}
+        names |= moved or {}
         run_rounds(
             self._figures,
             cases,
@@ -264,13 +319,15 @@ class _Gpu:
             config = models.shrunk(config)
         return models.write_config(self._folder / name, config)
 
-    def _engine(self, name: str, config: Path) -> Engine:
+    def _engine(self, name: str, config: Path, *, fp8: bool = False, workers: int = 1) -> Engine:
         model = config.parent
         if not self._cuda:  # the embedded engine loads a checkpoint
             model = self._folder / f"{name}-v0"
-            with self._trainer(f"{name} checkpoint", config, facts={"checkpoint": str(model)}):
+            facts = {"checkpoint": str(model), "fp8": fp8}
+            with self._trainer(f"{name} checkpoint", config, facts=facts):
                 pass
-        return Engine(name, self._kind, model, self._processes, self._deadline, dummy=self._cuda)
+        kind = self._kind.model_copy(update={"tp": workers, "trainer_ranks": workers})
+        return Engine(name, kind, model, self._processes, self._deadline, dummy=self._cuda)
 
     @contextmanager
     def _trainer(
@@ -279,11 +336,24 @@ class _Gpu:
         config: Path,
         environ: Mapping[str, str] | None = None,
         facts: Mapping[str, Any] | None = None,
-    ) -> Iterator[Part]:
+        ranks: int = 1,
+    ) -> Iterator[Job]:
         """A trainer that has made its model; it lets go of its memory at the end."""
         command = [sys.executable, "-m", "weightsync_client.bench.trainer"]
         command += [str(config), self._device]
-        trainer = Part(self._processes, name, command, self._deadline, environ)
+        port = self._processes.reserve_port() if ranks > 1 else 0
+        trainer = Job(
+            [
+                Part(
+                    self._processes,
+                    name if rank == 0 else f"{name} rank {rank}",
+                    command,
+                    self._deadline,
+                    {**(environ or {}), **(torchrun_environ(rank, ranks, port) if port else {})},
+                )
+                for rank in range(ranks)
+            ]
+        )
         try:
             self._made = trainer.ask("make", timeout_s=_MAKE_S, **(facts or {}))
             yield trainer
@@ -304,7 +374,7 @@ class _Gpu:
             (self._folder / "bench-gpu.json").write_text(text + "\n")
 
 
-def _push(trainer: Part, engine: Engine) -> dict[str, float]:
+def _push(trainer: Job, engine: Engine) -> dict[str, float]:
     seconds = push_seconds(trainer, engine)
     return seconds | {"paused_beyond_write": seconds["paused"] - seconds["write"]}
 

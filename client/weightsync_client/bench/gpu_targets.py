@@ -17,6 +17,8 @@ def judge(figures: Figures) -> None:
     figures.set_ratio("push_vs_vllm_nccl_packed", "push", "vllm_nccl_packed")
     expandable = figures.set_ratio("expandable_write_vs_write", "expandable_write", "write")
     experts = figures.set_ratio("moe_write_vs_device_copy", "moe_write", "moe_device_copy")
+    fp8 = figures.set_ratio("fp8_fill_vs_local_copy", "fp8_fill", "fp8_local_copy")
+    split = figures.set_ratio("split_write_vs_write", "split_write", "write")
     cpu = figures.series.get("cpu_trainer_cpu_thread")
     if cpu is not None and len(cpu.values) > 1:
         half = len(cpu.values) // 2
@@ -33,5 +35,7 @@ def judge(figures: Figures) -> None:
         Target("paused, beyond the write", 0.020, figures.median("paused_beyond_write"), "s"),
         Target("write with expandable segments, of the write without", 0.95, expandable),
         Target("write of many small experts, of the copy", 0.85, experts),
+        Target("fill with fp8 blocks, of a copy in the same memory", 0.70, fp8),
+        Target("write of 2 ranks into 2 workers, of 1 into 1", 1.8, split),
         Target("CPU of the pushing thread", 0.005, figures.median("cpu_trainer_cpu_thread"), "s"),
     ]

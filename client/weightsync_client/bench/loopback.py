@@ -17,7 +17,7 @@ from weightsync_client.bench import models
 from weightsync_client.bench.baselines import Baselines
 from weightsync_client.bench.engine import Engine
 from weightsync_client.bench.figures import Case, Figures, Target, run_rounds
-from weightsync_client.bench.part import Part
+from weightsync_client.bench.part import Job, Part
 from weightsync_client.demo.options import DemoOptions
 from weightsync_client.demo.processes import Deadline, Processes
 from weightsync_client.report import PHASES
@@ -181,7 +181,7 @@ BYTES_MOVED = (
 )  # fmt: skip
 
 
-def push_seconds(trainer: Part, engine: Engine) -> dict[str, float]:
+def push_seconds(trainer: Part | Job, engine: Engine) -> dict[str, float]:
     """Change every weight and push once: seconds of the whole, of each phase, and of the CPU."""
     report = trainer.ask("push", timeout_s=_PUSH_S, agents=engine.agents)
     return report_seconds(report)

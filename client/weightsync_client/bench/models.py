@@ -40,6 +40,19 @@ def many_experts() -> dict[str, Any]:
     }
 
 
+def as_fp8(config: dict[str, Any]) -> dict[str, Any]:
+    """The same model for an engine that serves fp8 blocks of 128×128."""
+    return config | {
+        "quantization_config": {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [128, 128],
+            "modules_to_not_convert": ["lm_head"],
+        }
+    }
+
+
 def shrunk(config: dict[str, Any], width: int = 64, layers: int = 2) -> dict[str, Any]:
     """The same family, small enough for a test: the same modules, a few kilobytes each."""
     small = config | {

@@ -108,3 +108,26 @@ class Part:
         except ValueError:
             pass  # it was killed within a line, or the benchmark has closed the pipe
         self._answers.put(None)
+
+
+class Job:
+    """Processes that are told the same at the same time, as the ranks of a training job.
+
+    Args:
+        parts: The processes; what the first one answers counts.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = parts
+
+    def ask(self, command: str, *, timeout_s: float, **facts: Any) -> dict[str, Any]:
+        """Send all of them a command, and wait for every answer.  Raises as Part.answer does."""
+        for part in self._parts:
+            part.tell(command, **facts)
+        first, *_ = [part.answer(timeout_s) for part in self._parts]
+        return first
+
+    def finish(self) -> None:
+        """Let all release their memory and end, or end them."""
+        for part in self._parts:
+            part.finish()

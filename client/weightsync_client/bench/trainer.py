@@ -1,8 +1,13 @@
-"""The trainer of a benchmark: ``python -m weightsync_client.bench.trainer CONFIG DEVICE``."""
+"""The trainer of a benchmark: ``python -m weightsync_client.bench.trainer CONFIG DEVICE``.
+
+With torchrun's environment it is one rank of an FSDP2 job.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,41 +19,63 @@ from safetensors.torch import save_file
 
 from weightsync.errors import InputError
 from weightsync.lines import serve
+from weightsync_client.demo.fp8 import quantize_checkpoint
+from weightsync_client.demo.sharded import join, own_device, shard
 from weightsync_client.publisher import Publisher
+from weightsync_client.quantization import QuantizationSpec
+from weightsync_client.quantized import QuantizedSource
 from weightsync_client.source import as_source
 
 _BLOCKING_SYNC = 4
+_COPY_REPEATS = 5
 
 
 class Trainer:
-    """Answers ``make``, ``push``, ``save`` and ``close``."""
+    """Answers ``make``, ``push``, ``copy``, ``save`` and ``close``."""
 
     def __init__(self, config_file: str, device: str) -> None:
         self._config_file = config_file
         self._device = device
         self._model: Any = None
         self._publisher: Publisher | None = None
+        self._quantization: QuantizationSpec | None = None
 
-    def make(self, checkpoint: str | None = None, *, blocking_sync: bool = False) -> dict[str, Any]:
+    def make(
+        self, checkpoint: str | None = None, *, blocking_sync: bool = False, fp8: bool = False
+    ) -> dict[str, Any]:
         """Make the model with random weights; save it, if an engine shall load it.
 
         ``blocking_sync``: this process sleeps where it waits for its GPU, so that its CPU time is
-        what it computes.
+        what it computes.  ``fp8``: it is published, and saved, as fp8 blocks.
         """
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
         if self._device != "cpu" and blocking_sync:
             _block_in_sync()
+        mesh = None
+        if "RANK" in os.environ:
+            kind = self._device.partition(":")[0]
+            self._device = own_device(kind)
+            mesh = join(kind)
         config = transformers.AutoConfig.from_pretrained(self._config_file, local_files_only=True)
         with torch.device(self._device):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         self._model = model.eval().requires_grad_(False)
+        self._quantization = QuantizationSpec() if fp8 else None
         if checkpoint is not None:
             self._model.save_pretrained(checkpoint)
-        manifest = as_source(self._model).manifest()
+            if fp8:
+                quantize_checkpoint(Path(checkpoint))
+        if mesh is not None:
+            shard(self._model, mesh)
+        source = as_source(self._model)
+        manifest = source.manifest()
+        spec = self._quantization
+        published = manifest if spec is None else QuantizedSource(source, spec).manifest()
         return {
             "nbytes": sum(tensor.nbytes for tensor in manifest),
+            "published_nbytes": sum(tensor.nbytes for tensor in published),
             "names": [tensor.name for tensor in manifest],
             "shapes": [list(tensor.shape) for tensor in manifest],
         }
@@ -56,7 +83,7 @@ class Trainer:
     def push(self, agents: Sequence[str]) -> dict[str, Any]:
         """Change every weight and push; the report, and the CPU seconds that the push took."""
         if self._publisher is None:
-            self._publisher = Publisher(agents, progress="off")
+            self._publisher = Publisher(agents, progress="off", quantization=self._quantization)
         torch._foreach_neg_(list(self._model.parameters()))
         self._synchronize()
         process_s, thread_s = time.process_time(), time.thread_time()
@@ -66,6 +93,18 @@ class Trainer:
             "cpu_thread_s": time.thread_time() - thread_s,
             "cpu_process_s": time.process_time() - process_s,
         }
+
+    def copy(self, nbytes: int) -> dict[str, float]:
+        """Copy that many bytes within the device's memory; ``copy`` seconds, the median."""
+        source, target = torch.empty(2, nbytes, dtype=torch.uint8, device=self._device)
+        seconds = []
+        for _ in range(_COPY_REPEATS):
+            self._synchronize()
+            started = time.perf_counter()
+            target.copy_(source)
+            self._synchronize()
+            seconds.append(time.perf_counter() - started)
+        return {"copy": statistics.median(seconds)}
 
     def save(self, path: str) -> dict[str, float]:
         """Write the weights as one safetensors file; ``safetensors_save`` seconds."""
@@ -112,6 +151,7 @@ def main(argv: Sequence[str]) -> int:
         {
             "make": trainer.make,
             "push": trainer.push,
+            "copy": trainer.copy,
             "save": trainer.save,
             "close": trainer.close,
         }

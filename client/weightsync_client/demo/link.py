@@ -55,7 +55,7 @@ class TrainerLink:
             processes.start(
                 "trainer" if rank == 0 else f"trainer rank {rank}",
                 command,
-                _torchrun_environ(rank, ranks, port),
+                torchrun_environ(rank, ranks, port),
                 talks=True,
             )
             for rank in range(ranks)
@@ -145,7 +145,7 @@ def _gone(process: Process) -> EngineError:
     return EngineError(f"the {process.name} ended unexpectedly\n{process.tail()}")
 
 
-def _torchrun_environ(rank: int, ranks: int, port: int) -> dict[str, str]:
+def torchrun_environ(rank: int, ranks: int, port: int) -> dict[str, str]:
     """What torchrun would tell a rank of a job on this host, and that it stays on loopback."""
     return {
         "RANK": str(rank),
