@@ -100,7 +100,8 @@ def check_verify(state: AgentState, session: str, epoch: int) -> None:
 def _pause(state: AgentState, push_id: str | None) -> Step:
     _refuse_detached(state)
     _refuse_other_push(state, push_id)
-    if state.phase in ("ready", "torn"):  # torn: the pause is made sure of before a repair
+    if state.phase in ("ready", "torn") or (state.may_run and state.owner == push_id):
+        # torn: the pause is made sure of before a repair
         return Step(state, (Effect.PAUSE,))
     if state.phase == "paused" and state.owner != push_id:
         raise EnginePausedError(
@@ -151,7 +152,7 @@ def _begin(state: AgentState, ask: BeginAsked) -> Step:
         raise EnginePausedError(
             "the engine was paused by hand", hint="POST /resume without push_id first"
         )
-    if state.owner is None:  # WS-1: nothing is written while the engine may run
+    if state.owner is None or state.may_run:  # WS-1: nothing is written while it may run
         raise StateError(
             f"push {ask.push_id} has not paused the engine",
             hint="POST /pause with this push_id first",

@@ -114,6 +114,11 @@ class Resumed:
 
 
 @dataclass(frozen=True, slots=True)
+class ResumeFailed:
+    """The engine may or may not generate."""
+
+
+@dataclass(frozen=True, slots=True)
 class SessionOpened:
     """Every worker made its layout for this session's epoch."""
 
@@ -156,7 +161,7 @@ Ask = (
     | AbortAsked
 )  # fmt: skip
 Outcome = (
-    EngineLost | Attached | Paused | PauseFailed | Resumed | SessionOpened | Connected | Committed
-    | PushFailed | Aborted
+    EngineLost | Attached | Paused | PauseFailed | Resumed | ResumeFailed | SessionOpened
+    | Connected | Committed | PushFailed | Aborted
 )  # fmt: skip
 Event = Ask | Outcome

@@ -15,6 +15,7 @@ from weightsync.state_events import (
     PauseFailed,
     PushFailed,
     Resumed,
+    ResumeFailed,
     SessionOpened,
 )
 from weightsync.state_records import AgentState, Effect, Step, torn, without_session
@@ -31,14 +32,16 @@ def outcome(state: AgentState, event: Outcome) -> Step:
     match event:
         case Paused(push_id) if state.phase == "ready":
             return Step(replace(state, phase="paused", owner=push_id))
-        case Paused(push_id) if state.phase == "torn":
-            return Step(replace(state, owner=push_id))
+        case Paused(push_id) if state.phase in ("paused", "torn"):
+            return Step(replace(state, owner=push_id, may_run=False))
         case PauseFailed(push_id) if state.phase == "ready":
             # paused until proven otherwise; if the resume fails too, the push's idle deadline or
             # a person tries again
             return Step(replace(state, phase="paused", owner=push_id), (Effect.RESUME,))
         case Resumed() if state.phase == "paused":
-            return Step(replace(state, phase="ready", owner=None))
+            return Step(replace(state, phase="ready", owner=None, may_run=False))
+        case ResumeFailed() if state.phase == "paused":
+            return Step(replace(state, may_run=True))
         case SessionOpened(session, epoch) if epoch == state.epoch:
             return Step(replace(state, session=session))
         case Connected(epoch) if epoch == state.epoch and state.session is not None:
@@ -67,7 +70,12 @@ def outcome(state: AgentState, event: Outcome) -> Step:
 def _attached(state: AgentState, event: Attached) -> Step:
     interrupted = state.target is not None
     going_on = event.same and event.epoch == state.epoch and not interrupted
-    known = replace(state, epoch=max(state.epoch, event.epoch), version=min(event.versions))
+    known = replace(
+        state,
+        epoch=max(state.epoch, event.epoch),
+        version=min(event.versions),
+        may_run=event.paused,
+    )
     if not going_on:
         known = without_session(known)
     if event.dirty or len(event.versions) != 1:

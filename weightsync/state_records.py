@@ -36,6 +36,7 @@ class AgentState:
         session: The open rendezvous.
         epoch: The last epoch that was given out; it only grows.
         connected: Whether the session has finished round 2.
+        may_run: Paused: a resume may be on its way to the engine; only another pause makes sure.
     """
 
     phase: Phase = "detached"
@@ -45,6 +46,7 @@ class AgentState:
     session: str | None = None
     epoch: int = 0
     connected: bool = False
+    may_run: bool = False
 
 
 class Step(NamedTuple):

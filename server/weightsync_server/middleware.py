@@ -26,6 +26,7 @@ from weightsync.errors import (
     DeadlineError,
     EngineError,
     InputError,
+    StateError,
     WeightSyncError,
 )
 from weightsync.protocol import PROTOCOL_VERSION, Message, PauseMode, Seconds, WorkerCommand
@@ -52,6 +53,12 @@ class EnginePauseRequest(Message):
     timeout_s: Seconds = 60.0
 
 
+class EngineResumeRequest(Message):
+    """``POST /weightsync/resume``."""
+
+    last_pause: str | None = None
+
+
 class WeightsyncMiddleware:
     """See the module's docstring.
 
@@ -64,6 +71,7 @@ class WeightsyncMiddleware:
         self._app = app
         self._secret = load_secret() if secret is None else secret
         self._instance = uuid.uuid4().hex
+        self._pauses = 0
         self._identity: compat.EngineIdentity | None = None
         self._routes: dict[tuple[str, str], Callable[[Request, Any], Awaitable[dict[str, Any]]]] = {
             ("GET", "info"): self._info,
@@ -137,14 +145,27 @@ class WeightsyncMiddleware:
 
     async def _is_paused(self, _request: Request, client: Any) -> dict[str, Any]:
         paused = await _within(compat.is_paused(client), CALL_TIMEOUT_S, "is_paused")
-        return {"is_paused": paused}
+        return {"is_paused": paused, "last_pause": self._last_pause}
 
     async def _pause(self, request: Request, client: Any) -> dict[str, Any]:
         ask = _parsed(EnginePauseRequest, await _body(request))
+        self._pauses += 1
+        last_pause = self._last_pause
         await _within(compat.pause(client, ask.mode), ask.timeout_s, f"pause ({ask.mode})")
-        return {"is_paused": True}
+        return {"is_paused": True, "last_pause": last_pause}
 
-    async def _resume(self, _request: Request, client: Any) -> dict[str, Any]:
+    @property
+    def _last_pause(self) -> str:
+        return f"{self._instance}:{self._pauses}"
+
+    async def _resume(self, request: Request, client: Any) -> dict[str, Any]:
+        asked = _parsed(EngineResumeRequest, await _body(request) or b"{}").last_pause or ""
+        # Another server process of this engine counts for itself; it cannot be compared with.
+        if asked.startswith(self._instance) and asked != self._last_pause:
+            raise StateError(
+                "the engine was paused again after this resume was sent",
+                hint="who paused it last resumes it",
+            )
         await _within(compat.resume(client), CALL_TIMEOUT_S, "resume")
         return {"is_paused": False}
 

@@ -29,6 +29,7 @@ from weightsync.state_events import (
     PushFailed,
     ResumeAsked,
     Resumed,
+    ResumeFailed,
     SessionOpened,
 )
 
@@ -37,6 +38,7 @@ DETACHED = replace(LINKED, phase="detached")
 READY = LINKED
 BY_HAND = replace(LINKED, phase="paused")
 OURS = replace(LINKED, phase="paused", owner="p")
+UNSURE = replace(OURS, may_run=True)
 RECEIVING = replace(OURS, phase="receiving", target=4)
 TORN = AgentState("torn", version=3, target=4, epoch=2)
 REPAIR = AgentState("torn", version=3, target=4, epoch=3, session="s", connected=True, owner="p")
@@ -90,6 +92,9 @@ ABORT, INIT, CONNECT, ATTACH = AbortAsked("p"), InitAsked("n"), ConnectAsked("s"
         (OURS, INIT, e.PushInProgressError),
         (OURS, CONNECT, e.PushInProgressError),
         (OURS, ATTACH, e.PushInProgressError),
+        (UNSURE, PAUSE, (Effect.PAUSE,)),
+        (UNSURE, BEGIN, e.StateError),
+        (UNSURE, ABORT, (Effect.RESUME,)),
         (RECEIVING, PAUSE, ()),
         (RECEIVING, PauseAsked("q"), e.PushInProgressError),
         (RECEIVING, RESUME, e.PushInProgressError),
@@ -159,6 +164,10 @@ def test_sessions_and_versions_are_checked(state, ask, error):
         (READY, PauseFailed("p"), OURS, (Effect.RESUME,)),
         (TORN, PauseFailed("p"), TORN, ()),
         (OURS, Resumed(), READY, ()),
+        (OURS, ResumeFailed(), UNSURE, ()),
+        (BY_HAND, ResumeFailed(), replace(BY_HAND, may_run=True), ()),
+        (UNSURE, Resumed(), READY, ()),
+        (UNSURE, Paused("p"), OURS, ()),
         (TORN, Resumed(), TORN, ()),
         (RECEIVING, Committed(4), replace(OURS, version=4), ()),
         (RECEIVING, Committed(5), RECEIVING, ()),
@@ -217,7 +226,7 @@ def test_an_engine_found_paused_is_paused_by_hand():
 
 def test_an_engine_found_paused_again_still_belongs_to_its_push():
     lost = step(OURS, EngineLost()).state
-    assert step(lost, attached(paused=True)).state == OURS
+    assert step(lost, attached(paused=True)).state == UNSURE
 
 
 def test_a_dirty_engine_found_running_is_stopped():
@@ -274,9 +283,8 @@ class OneEngine(RuleBasedStateMachine):
         match effect:
             case Effect.RESUME:
                 assert not torn, "a torn engine was resumed"
-                if works:
-                    self.paused = False
-                    self.tell(Resumed())
+                self.paused = False  # whether the answer comes or not
+                self.tell(Resumed() if works else ResumeFailed())
             case Effect.PAUSE:
                 push_id = getattr(event, "push_id", None)
                 self.paused = self.paused or works

@@ -38,6 +38,7 @@ from weightsync.state_events import (
     PushFailed,
     ResumeAsked,
     Resumed,
+    ResumeFailed,
     SessionOpened,
 )
 from weightsync_client import Deadlines
@@ -158,6 +159,7 @@ def records() -> dict[str, type]:
         and cls.model_fields
     ]
     models += [agent_app.Health, agent_app.ChecksumsResponse, middleware.EnginePauseRequest]
+    models += [middleware.EngineResumeRequest]
     plain = [
         cls
         for module in (worker_messages, layout)
@@ -214,7 +216,7 @@ def test_fields_and_defaults_are_those_of(name):
 
 def events_at(state: AgentState) -> Iterator[Event]:
     """Whatever may happen to an agent in this state."""
-    yield from (AttachAsked(), InitAsked("s"), EngineLost(), Resumed())
+    yield from (AttachAsked(), InitAsked("s"), EngineLost(), Resumed(), ResumeFailed())
     yield from (SessionOpened("s", state.epoch), Connected(state.epoch))
     for push_id in (None, "p", "q"):
         yield from (PauseAsked(push_id), ResumeAsked(push_id))

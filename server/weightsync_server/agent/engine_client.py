@@ -86,6 +86,8 @@ class EngineClient:
         #: how many workers answer each command, as the engine says
         self.workers = 1
         self._replies = replies
+        #: what the engine calls its last pause; None: it was not heard of, so it is asked
+        self._last_pause: str | None = None
         self._lost: set[asyncio.Future[None]] = set()
         self._max_unpacked_nbytes = max_unpacked_nbytes
         # the environment's proxies are not for loopback (trust_env)
@@ -112,15 +114,25 @@ class EngineClient:
 
     async def is_paused(self, timeout_s: float) -> bool:
         """Whether generation is stopped."""
-        return bool((await self._send("GET", "is_paused", None, timeout_s))["is_paused"])
+        answer = await self._send("GET", "is_paused", None, timeout_s)
+        self._last_pause = answer.get("last_pause")
+        return bool(answer["is_paused"])
 
     async def pause(self, mode: PauseMode, timeout_s: float) -> None:
         """Stop generation; the engine is drained when this returns (WS-1)."""
-        await self._send("POST", "pause", {"mode": mode, "timeout_s": timeout_s}, timeout_s)
+        self._last_pause = None
+        ask = {"mode": mode, "timeout_s": timeout_s}
+        self._last_pause = (await self._send("POST", "pause", ask, timeout_s)).get("last_pause")
 
     async def resume(self, timeout_s: float) -> None:
-        """Start generation."""
-        await self._send("POST", "resume", None, timeout_s)
+        """Start generation, unless the engine was paused again meanwhile.
+
+        A resume that is heard late must not end the pause of a later push (WS-1).
+        """
+        if self._last_pause is None:
+            await self.is_paused(timeout_s)
+        last_pause, self._last_pause = self._last_pause, None
+        await self._send("POST", "resume", {"last_pause": last_pause}, timeout_s)
 
     async def reset_prefix_cache(self, timeout_s: float) -> None:
         """Drop what was computed with the old weights."""

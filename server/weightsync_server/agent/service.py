@@ -35,6 +35,7 @@ from weightsync.state_events import (
     PauseFailed,
     PushFailed,
     Resumed,
+    ResumeFailed,
     SessionOpened,
 )
 from weightsync_server.agent.engines import Engines
@@ -317,6 +318,8 @@ def _failed(effect: Effect, work: Work, error: WeightSyncError) -> Outcome | Non
             return PauseFailed(work.push_id)
         case Effect.PAUSE:
             return EngineLost()  # a torn engine that could not be stopped: attach again, and again
+        case Effect.RESUME:
+            return ResumeFailed()
         case Effect.BEGIN | Effect.COMMIT:
             # an engine that let a deadline pass would only let the next one pass too
             silent = isinstance(error, (DeadlineError, EngineDetachedError))

@@ -1,0 +1,162 @@
+"""An agent: the real state machine, and its effects one by one (as its ``Service``)."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from tests.model.engines import carry_out
+from tests.model.records import Agent, Call, Command, World, set_agent, set_engine
+from tests.model.trainers import answer
+from weightsync.errors import DeadlineError, EngineDetachedError, EngineError, StateError
+from weightsync.state import Effect, step
+from weightsync.state_events import (
+    AbortAsked,
+    Ask,
+    Attached,
+    BeginAsked,
+    CommitAsked,
+    ConnectAsked,
+    EngineLost,
+    InitAsked,
+    Outcome,
+    PauseAsked,
+    ResumeAsked,
+)
+from weightsync_server.agent.service import Work, _failed
+
+SILENT = DeadlineError("no answer", hint="-")
+REFUSED = EngineError("a worker refused", hint="-", places=["w"])
+GONE = EngineDetachedError("no engine", hint="-")
+
+
+@cache
+def event_of(call: Call) -> Ask:
+    match call.name:
+        case "init":
+            return InitAsked(call.session)
+        case "connect":
+            return ConnectAsked(call.session, call.epoch)
+        case "pause":
+            return PauseAsked(call.push)
+        case "begin":
+            return BeginAsked(call.session, call.epoch, call.push, call.version)
+        case "commit":
+            return CommitAsked(call.session, call.epoch, call.push, call.version)
+        case "abort":
+            return AbortAsked(call.push)
+        case _:
+            return ResumeAsked(call.push)
+
+
+def take(w: World, call: Call) -> World | None:
+    """The agent hears a call; None: it waits for its turn."""
+    agent = w.agents[call.agent]
+    state = agent.state
+    over = {
+        "init": state.session != call.session,
+        "connect": not state.connected or state.epoch != call.epoch,
+    }
+    for key, ok, epoch, registration in () if over.get(call.name) else agent.answered:
+        if key == call.key:
+            return answer(w, call, ok=ok, epoch=epoch, registration=registration)
+    try:
+        state, effects = step(state, event_of(call))
+    except StateError:
+        return answer(w, call, ok=False, refused=True)
+    if agent.work is not None:
+        return None
+    agent = agent._replace(state=state)
+    if not effects:
+        return answer(set_agent(w, call.agent, agent), call, ok=True)
+    return set_agent(w, call.agent, agent._replace(work=(call, event_of(call), effects, False)))
+
+
+def ask(w: World, a: int, event: Ask) -> World:
+    """The agent asks itself."""
+    agent = w.agents[a]
+    try:
+        state, effects = step(agent.state, event)
+    except StateError:
+        return w
+    work = (None, event, effects, False) if effects else None
+    return set_agent(w, a, agent._replace(state=state, work=work))
+
+
+def perform(w: World, a: int, *, reached: int | None = None, late: bool = False) -> World:
+    """The agent's next effect.
+
+    Args:
+        w: Before.
+        a: The agent.
+        reached: So many workers carry it out, and no answer comes; None: all, and it does.
+        late: The engine hears it later.
+    """
+    agent, engine = w.agents[a], w.engines[a]
+    assert agent.work is not None
+    call, event, (effect, *rest), failed = agent.work
+    known = agent.known
+    outcome: Outcome | None
+    error = None
+    if not engine.up or (effect is not Effect.ATTACH and engine.instance != known):
+        error = GONE
+    else:
+        # a resume is of the last pause that the agent knows of; one that knows none asks first
+        pauses = engine.pauses if agent.pauses is None else agent.pauses
+        command = Command(a, engine.instance, effect, event, agent.state.epoch, pauses)
+        if late:
+            w = w._replace(late=w.late | {command})
+        after, outcome = carry_out(engine, command, reached)
+        w = set_engine(w, a, after)
+        if effect is Effect.PAUSE or isinstance(outcome, Attached):
+            agent = agent._replace(pauses=after.pauses if reached is None else None)
+        elif effect is Effect.RESUME and outcome is None:
+            agent = agent._replace(pauses=None)  # it asks before it tries again
+        if reached is not None:
+            error = SILENT
+        elif outcome is None and effect is not Effect.CLOSE:
+            error = REFUSED
+        elif isinstance(outcome, Attached):
+            outcome = Attached(
+                outcome.versions, outcome.dirty, outcome.paused, outcome.epoch,
+                same=known == engine.instance,
+            )  # fmt: skip
+            known = engine.instance
+    state = agent.state
+    if error is not None:
+        if error is GONE and effect is not Effect.ATTACH:
+            state = step(state, EngineLost()).state
+        outcome = _failed(effect, Work(event, 0.0), error)
+        failed = failed or effect is not Effect.CLOSE
+    effects = tuple(rest)
+    if outcome is not None:
+        state, more = step(state, outcome)
+        effects += more
+    if state.phase == "detached":
+        effects, failed = (), failed or effect is not Effect.ATTACH
+    agent = agent._replace(state=state, known=known)
+    if effects:
+        return set_agent(w, a, agent._replace(work=(call, event, effects, failed)))
+    agent = agent._replace(work=None)
+    registration = w.engines[a].workers[0].registration
+    if call is not None and (not failed or call.name in ("begin", "commit")):
+        answered = {x for x in agent.answered if x[0] != call.key}
+        answered.add((call.key, not failed, state.epoch, registration))
+        agent = agent._replace(answered=frozenset(answered))
+    w = set_agent(w, a, agent)
+    if call is None:
+        return w
+    return answer(w, call, ok=not failed, epoch=state.epoch, registration=registration)
+
+
+def lose(w: World, a: int) -> World:
+    agent = w.agents[a]
+    state = step(agent.state, EngineLost()).state
+    call = None if agent.work is None else agent.work[0]
+    w = set_agent(w, a, agent._replace(state=state, work=None))
+    return w if call is None else answer(w, call, ok=False)
+
+
+def drop(w: World, a: int) -> World:
+    call = None if w.agents[a].work is None else w.agents[a].work[0]
+    w = set_agent(w, a, Agent(up=False))
+    return w if call is None else answer(w, call, ok=False)

@@ -1,0 +1,157 @@
+"""The parties of the small world, and what is under way between them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from weightsync.state import AgentState, Effect
+from weightsync.state_events import Ask
+
+#: what a trainer has sent to an agent, at most
+UNTOUCHED, PAUSING, BEGINNING, COMMITTING, COMMITTED, RESUMED = range(6)
+
+
+class Worker(NamedTuple):
+    """One worker.
+
+    ``memory``: the push whose bytes lie there, "" for those of the checkpoint; ``registration``: of
+    the open epoch, never used twice.
+    """
+
+    memory: str = ""
+    version: int = 0
+    dirty: bool = False
+    epoch: int = 0
+    registration: int = 0
+    peer: str = ""
+    push: tuple[str, int] | None = None
+    begun: int = 0
+    told: frozenset[int] = frozenset()
+
+
+class Engine(NamedTuple):
+    workers: tuple[Worker, ...]
+    up: bool = True
+    instance: int = 1
+    paused: bool = False
+    pauses: int = 0
+    opened: int = 0
+
+    @property
+    def whole(self) -> bool:
+        return len({(w.memory, w.version) for w in self.workers}) == 1
+
+
+class Call(NamedTuple):
+    name: str
+    trainer: int
+    agent: int
+    push: str
+    session: str
+    epoch: int
+    version: int
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What a repeat of it is known by."""
+        return self.name, self.session if self.name in ("init", "connect") else self.push
+
+
+class Command(NamedTuple):
+    """What an agent asks its engine.
+
+    ``instance``: of the process that was asked; ``pauses``: of a resume, which pause it ends.
+    """
+
+    agent: int
+    instance: int
+    effect: Effect
+    event: Ask
+    epoch: int
+    pauses: int = 0
+
+
+class Write(NamedTuple):
+    trainer: int
+    agent: int
+    worker: int
+    instance: int
+    registration: int
+    push: str
+    version: int
+
+
+class Agent(NamedTuple):
+    state: AgentState = AgentState()
+    up: bool = True
+    known: int = 0
+    pauses: int | None = None
+    work: tuple[Call | None, Ask, tuple[Effect, ...], bool] | None = None
+    answered: frozenset[tuple[tuple[str, str], bool, int, int]] = frozenset()
+
+
+class Trainer(NamedTuple):
+    name: str
+    tries: int
+    phase: str = "idle"
+    push: str = ""
+    version: int = 0
+    last: int = 0
+    session: str = ""
+    epochs: tuple[int, ...] = ()
+    registrations: tuple[int, ...] = ()
+    stages: tuple[int, ...] = ()
+    waits: frozenset[int] = frozenset()
+    failed: bool = False
+    done: int = 0
+
+
+class World(NamedTuple):
+    """``faults``: how many more may happen."""
+
+    trainers: tuple[Trainer, ...]
+    agents: tuple[Agent, ...]
+    engines: tuple[Engine, ...]
+    calls: frozenset[Call] = frozenset()
+    late: frozenset[Command] = frozenset()
+    writes: frozenset[Write] = frozenset()
+    faults: int = 0
+    fenced: bool = True
+    ordered: bool = True
+
+
+def new_world(
+    *,
+    trainers: int = 1,
+    agents: int = 1,
+    workers: int = 2,
+    tries: int = 1,
+    faults: int = 1,
+    fenced: bool = True,
+    ordered: bool = True,
+) -> World:
+    """Engines that serve their checkpoints, agents that have not met them, trainers that wait."""
+    return World(
+        tuple(Trainer("ab"[t], tries) for t in range(trainers)),
+        tuple(Agent() for _ in range(agents)),
+        tuple(Engine(tuple(Worker() for _ in range(workers))) for _ in range(agents)),
+        faults=faults,
+        fenced=fenced,
+        ordered=ordered,
+    )
+
+
+def heard(w: World, call: Call) -> World:
+    return w._replace(calls=w.calls - {call})
+
+
+def set_trainer(w: World, t: int, trainer: Trainer) -> World:
+    return w._replace(trainers=(*w.trainers[:t], trainer, *w.trainers[t + 1 :]))
+
+
+def set_agent(w: World, a: int, agent: Agent) -> World:
+    return w._replace(agents=(*w.agents[:a], agent, *w.agents[a + 1 :]))
+
+
+def set_engine(w: World, a: int, engine: Engine) -> World:
+    return w._replace(engines=(*w.engines[:a], engine, *w.engines[a + 1 :]))

@@ -1,0 +1,143 @@
+"""A trainer: its calls in their order, and the way back (as ``weightsync_client.transaction``)."""
+
+from __future__ import annotations
+
+from tests.model.records import (
+    BEGINNING,
+    COMMITTED,
+    COMMITTING,
+    PAUSING,
+    UNTOUCHED,
+    Call,
+    Trainer,
+    World,
+    Write,
+    set_trainer,
+)
+
+
+def start(w: World, t: int) -> World:
+    """The look at the agents, and the first calls."""
+    trainer = w.trainers[t]
+    tries = trainer.tries - 1
+    push = f"{trainer.name}{tries}"
+    if not all(agent.up for agent in w.agents):
+        return set_trainer(w, t, trainer._replace(tries=tries))
+    states = [agent.state for agent in w.agents]
+    holds = trainer.session and all(
+        s.connected and (s.session, s.epoch) == (trainer.session, epoch)
+        for s, epoch in zip(states, trainer.epochs, strict=True)
+    )
+    version = 1 + max(trainer.last, *(max(s.version, s.target or 0) for s in states))
+    trainer = trainer._replace(
+        tries=tries,
+        push=push,
+        version=version,
+        session=trainer.session if holds else f"s{push}",
+        epochs=trainer.epochs if holds else (0,) * len(states),
+        registrations=trainer.registrations if holds else (0,) * len(states),
+        stages=(UNTOUCHED,) * len(states),
+        failed=False,
+    )
+    return send(set_trainer(w, t, trainer), t, "pause" if holds else "init")
+
+
+_STAGES = {"pause": PAUSING, "begin": BEGINNING, "commit": COMMITTING}
+_NEXT = {"init": "connect", "connect": "pause", "pause": "begin", "begin": "write",
+         "commit": "resume", "resume": ""}  # fmt: skip
+
+
+def send(w: World, t: int, phase: str) -> World:
+    """The same call to every agent; the stage is set before: an answer can get lost."""
+    trainer = w.trainers[t]
+    agents = range(len(w.agents))
+    stages = trainer.stages
+    if phase in _STAGES:
+        stages = (_STAGES[phase],) * len(stages)
+    last = trainer.version if phase == "begin" else trainer.last
+    trainer = trainer._replace(phase=phase, waits=frozenset(agents), stages=stages, last=last)
+    made = {_made(trainer, t, phase, a) for a in agents}
+    return set_trainer(w, t, trainer)._replace(calls=w.calls | made)
+
+
+def _made(trainer: Trainer, t: int, name: str, a: int) -> Call:
+    return Call(name, t, a, trainer.push, trainer.session, trainer.epochs[a], trainer.version)
+
+
+def answer(
+    w: World,
+    call: Call,
+    *,
+    ok: bool,
+    refused: bool = False,
+    epoch: int = 0,
+    registration: int = 0,
+) -> World:
+    trainer = w.trainers[call.trainer]
+    waited = trainer.push == call.push and call.agent in trainer.waits
+    if not waited or trainer.phase not in (call.name, "abort"):
+        return w
+    a = call.agent
+    stages = list(trainer.stages)
+    if refused and call.name == "pause":
+        stages[a] = UNTOUCHED
+    if ok and call.name == "commit":
+        stages[a] = COMMITTED
+    epochs, registrations = list(trainer.epochs), list(trainer.registrations)
+    if ok and call.name == "init":
+        epochs[a], registrations[a] = epoch, registration
+    trainer = trainer._replace(
+        waits=trainer.waits - {a},
+        failed=trainer.failed or not ok,
+        stages=tuple(stages),
+        epochs=tuple(epochs),
+        registrations=tuple(registrations),
+    )
+    w = set_trainer(w, call.trainer, trainer)
+    return w if trainer.waits else _go_on(w, call.trainer)
+
+
+def _go_on(w: World, t: int) -> World:
+    trainer = w.trainers[t]
+    if trainer.phase == "abort":
+        return set_trainer(w, t, _idle(trainer))
+    if trainer.failed:
+        return abort(w, t)
+    following = _NEXT[trainer.phase]
+    if following == "write":
+        return _post(w, t)
+    if following:
+        return send(w, t, following)
+    return set_trainer(w, t, trainer._replace(phase="idle", done=trainer.done + 1))
+
+
+def _post(w: World, t: int) -> World:
+    trainer = w.trainers[t]
+    made = {
+        Write(t, a, k, engine.instance, trainer.registrations[a], trainer.push, trainer.version)
+        for a, engine in enumerate(w.engines)
+        for k in range(len(engine.workers))
+    }
+    return set_trainer(w, t, trainer._replace(phase="write"))._replace(writes=w.writes | made)
+
+
+def abort(w: World, t: int) -> World:
+    trainer = w.trainers[t]
+    made = set()
+    for a, stage in enumerate(trainer.stages):
+        if PAUSING <= stage <= COMMITTING:
+            made.add(_made(trainer, t, "abort", a))
+        elif stage == COMMITTED:
+            made.add(_made(trainer, t, "resume", a))
+    if not made:
+        return set_trainer(w, t, _idle(trainer))
+    waits = frozenset(call.agent for call in made)
+    trainer = trainer._replace(phase="abort", waits=waits)
+    return set_trainer(w, t, trainer)._replace(calls=w.calls | made)
+
+
+def _idle(trainer: Trainer) -> Trainer:
+    keeps = max(trainer.stages, default=UNTOUCHED) < BEGINNING
+    return trainer._replace(
+        phase="idle", waits=frozenset(), session=trainer.session if keeps else ""
+    )
