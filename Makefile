@@ -6,7 +6,7 @@ ARGS ?=
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo plan-scale bench bench-gpu test test-slow test-vllm test-gpu pytest lint format wheel constraints clean
+.PHONY: help venv demo plan-scale bench bench-gpu test test-slow test-vllm test-gpu test-integrations pytest lint format wheel constraints clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,10 @@ pytest: venv ## the tests alone (ARGS="tests/agent -k pause")
 
 test-vllm: venv ## the tests that start a real vLLM (minutes)
 	$(PYTEST) -m "vllm and not slow" $(ARGS)
+
+test-integrations: venv ## the tests of docs/integrations.md, with TRL, verl, Ray and UCXX beside .venv
+	@scripts/integrations.sh
+	.venv-integrations/bin/python -m pytest -m integrations $(ARGS)
 
 test-slow: venv ## the tests that are too slow for CI, vLLM's among them (many minutes)
 	$(PYTEST) -m slow $(ARGS)

@@ -1,8 +1,8 @@
 """The one place that decides which tests run on this machine.
 
 ``gpu`` and ``nixl`` tests are skipped where the hardware or the library is missing. ``vllm`` and
-``slow`` tests take minutes: they run only when ``-m`` names their marker (``make test-vllm``,
-``make test-slow``).
+``slow`` tests take minutes, ``integrations`` tests need packages that .venv has not: they run only
+when ``-m`` names their marker (``make test-vllm``, ``make test-slow``, ``make test-integrations``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 settings.register_profile("weightsync", deadline=None, print_blob=True)
 settings.load_profile("weightsync")
 
-ONLY_WHEN_NAMED = {"slow": "make test-slow", "vllm": "make test-vllm"}
+ONLY_WHEN_NAMED = {
+    "slow": "make test-slow",
+    "vllm": "make test-vllm",
+    "integrations": "make test-integrations",
+}
 
 
 @cache

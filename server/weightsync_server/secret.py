@@ -7,6 +7,7 @@ enough for an agent and an engine of the same user on one host.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import os
 import secrets
@@ -62,6 +63,11 @@ def load_secret(environ: Mapping[str, str] = os.environ) -> str:
 def same_secret(given: str | None, secret: str) -> bool:
     """Whether ``given`` is the secret; the time it takes does not depend on where they differ."""
     return given is not None and hmac.compare_digest(given.encode(), secret.encode())
+
+
+def prove(command: str, secret: str) -> str:
+    """HMAC-SHA256 of a command: what it travels with where its door asks callers for nothing."""
+    return hmac.new(secret.encode(), command.encode(), hashlib.sha256).hexdigest()
 
 
 def _checked(value: str, source: str) -> str:

@@ -28,6 +28,8 @@ from weightsync_server.engines.vllm_deployment import (
     commanded_workers,
     deployment_warnings,
 )
+from weightsync_server.integrations.vllm_plugin import BACKEND
+from weightsync_server.secret import load_secret, prove
 
 TESTED_VERSIONS = TESTED_VLLM
 
@@ -129,8 +131,17 @@ async def reset_caches(client: Any) -> None:
 
 
 async def call_workers(client: Any, command: str, timeout_s: float) -> None:
-    """Hand one command to every worker and wait until each has returned."""
-    await client.collective_rpc("weightsync_call", timeout=timeout_s, kwargs={"command": command})
+    """Hand one command to every worker and wait until each has returned.
+
+    It goes to the worker extension, or to the weight-transfer backend where vLLM has that instead.
+    """
+    method = "weightsync_call"
+    kwargs: dict[str, Any] = {"command": command}
+    transfer = getattr(getattr(client, "vllm_config", None), "weight_transfer_config", None)
+    if getattr(transfer, "backend", None) == BACKEND:
+        info = {"command": command, "proof": prove(command, load_secret())}
+        method, kwargs = "init_weight_transfer_engine", {"init_info": info}
+    await client.collective_rpc(method, timeout=timeout_s, kwargs=kwargs)
 
 
 @contextlib.contextmanager

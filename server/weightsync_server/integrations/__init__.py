@@ -1,0 +1,1 @@
+"""Other systems' own ways to start vLLM: each module needs what it is named after."""
