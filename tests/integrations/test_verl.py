@@ -67,7 +67,7 @@ class Group:
 
     def execute_checkpoint_engine(self, method: list[str]):
         (name,) = method
-        return [lambda: getattr(self.engine, name)()]
+        return [getattr(self.engine, name)]
 
     def update_weights(self, **options):
         return [lambda: asyncio.run(self.update(options["global_steps"]))]

@@ -158,9 +158,9 @@ def test_a_command_is_run_only_with_the_proof_of_the_shared_secret(worker_engine
 
 
 async def test_the_agents_commands_go_to_the_backend_where_vllm_has_it(worker_engine):
-    async def collective_rpc(method: str, timeout: float, kwargs: dict[str, object]) -> None:
-        assert (method, timeout) == ("init_weight_transfer_engine", 3.0)
-        ask(worker_engine, **kwargs["init_info"])
+    async def collective_rpc(method: str, **options: object) -> None:
+        assert (method, options["timeout"]) == ("init_weight_transfer_engine", 3.0)
+        ask(worker_engine, **options["kwargs"]["init_info"])
 
     backend = SimpleNamespace(backend="weightsync")
     config = SimpleNamespace(weight_transfer_config=backend)
