@@ -200,15 +200,29 @@ class AttachRequest(Message):
     timeout_s: Seconds = 600.0
 
 
+class Span(Message):
+    """Something that the agent did for a call, or the worker at ``place``.
+
+    ``start_s`` counts from the moment that the agent took the call.
+    """
+
+    place: str = ""
+    name: str
+    start_s: float
+    seconds: float
+
+
 class StepResponse(Message):
     """Answer to pause, resume, begin, commit and abort.
 
-    ``seconds`` holds the parts that the agent and its slowest worker measured.
+    ``seconds`` holds the parts that the agent and its slowest worker measured, ``spans`` when what
+    went on, at each worker too.
     """
 
     state: str
     version: Version
     seconds: dict[str, float] = {}
+    spans: list[Span] = []
 
 
 class Refusal(Message):

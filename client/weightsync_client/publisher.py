@@ -20,8 +20,9 @@ from weightsync.topology import cuda_address
 from weightsync.transport.base import Transport
 from weightsync_client.control import Fleet
 from weightsync_client.gloo import make_ranks
+from weightsync_client.opened import Open, PushSettings
 from weightsync_client.progress import Progress, ProgressKind, make_progress
-from weightsync_client.push import Open, Push, PushSettings, fleet_status
+from weightsync_client.push import Push, fleet_status
 from weightsync_client.quantization import QuantizationSpec
 from weightsync_client.rendezvous import Pushed
 from weightsync_client.report import PushReport

@@ -5,21 +5,20 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from weightsync.errors import InputError, NoSessionError, StaleVersionError, WeightSyncError
-from weightsync.protocol import PauseMode, RankDigests
-from weightsync.transport.base import Transport
+from weightsync.protocol import RankDigests
 from weightsync_client.control import Fleet
-from weightsync_client.progress import Progress
+from weightsync_client.opened import Open, PushSettings
 from weightsync_client.quantized import Findings, merge
-from weightsync_client.ranks import Ranks
 from weightsync_client.rendezvous import Pushed, open_session
 from weightsync_client.report import PHASES, PushReport
 from weightsync_client.session import Session
 from weightsync_client.settings import Deadlines
 from weightsync_client.source import WeightSource
+from weightsync_client.trace import Mark, Recorder
 from weightsync_client.transaction import Transaction, check_held, describe
 
 T = TypeVar("T")
@@ -27,51 +26,6 @@ R = TypeVar("R")
 
 #: a push is not given up by its agents, nor by rank 0, so soon after the slots were filled
 _FOLLOWER_FRESH_S = 20.0
-
-
-@dataclass(frozen=True, slots=True)
-class PushSettings:
-    """What is the same in every push of a publisher; :class:`Publisher` tells the meanings."""
-
-    make_transport: Callable[[], Transport]
-    check_finite: bool
-    pause_mode: PauseMode
-    deadlines: Deadlines
-    ignore: tuple[str, ...]
-    max_slot_nbytes: int | None
-    coalesce_nbytes: int
-    progress: Progress
-
-
-class Open:
-    """What a publisher holds open from push to push.
-
-    Attributes:
-        fleet: The connections.
-        ranks: The ranks that push together.
-        session: The last rendezvous, while it may be used.
-        last_version: The last version that a begin was sent for: it is not used again (WS-2).
-    """
-
-    def __init__(self, fleet: Fleet, ranks: Ranks) -> None:
-        self.fleet = fleet
-        self.ranks = ranks
-        self.session: Session | None = None
-        self.last_version = 0
-
-    def end_session(self) -> None:
-        """Release the session's memory, handles and wire."""
-        session, self.session = self.session, None
-        if session is not None:
-            session.close()
-
-    def close(self) -> None:
-        """End the session and the connections."""
-        try:
-            self.end_session()
-        finally:
-            self.ranks.close()
-            self.fleet.close()
 
 
 @dataclass(frozen=True)
@@ -119,7 +73,9 @@ class Push:
         self._transaction: Transaction | None = None
         self._undone = False
         self.wrote_nothing = True
-        self._started = time.perf_counter()
+        self._recorder = Recorder()
+        self._told: list[list[Mark]] = []
+        self._started = self._recorder.zero
 
     def run(self) -> PushReport:
         """All phases in order; on any failure the way back, then the error itself.
@@ -169,6 +125,8 @@ class Push:
                 work_s=exchange_s + deadlines.for_bytes(deadlines.write_s, session.nbytes),
                 decide_s=deadlines.pause_s + deadlines.begin_s + 2 * deadlines.grace_s,
             )  # fmt: skip
+            if held.ranks.rank:
+                self._recorder.anchor = time.perf_counter()
             held.last_version = self._version
             # From here on another rank may have written, whatever becomes of this one.
             self.wrote_nothing = False
@@ -177,13 +135,15 @@ class Push:
             report = self._meet(
                 "write",
                 lambda: self._write(session, write_s),
-                lambda _: self._commit_and_resume(session, commit_s),
-                kind=None, result=PushReport, work_s=write_s,
+                lambda told: self._commit_and_resume(session, commit_s, told),
+                kind=list[Mark], result=PushReport, work_s=write_s,
                 decide_s=commit_s + deadlines.resume_s + 2 * deadlines.grace_s,
             )  # fmt: skip
         except BaseException as error:
             self._leave(error)
             raise
+        if held.ranks.rank == 0:
+            report = replace(report, spans=self._recorder.timeline(self._told))
         settings.progress.done(report)
         if start.fresh:  # the first write of an epoch tells whether it took the right wire
             session.warn_if_slow(held.ranks.world_size)
@@ -238,6 +198,7 @@ class Push:
             version=self._version,
             deadlines=self._settings.deadlines,
             pause_mode=self._settings.pause_mode,
+            recorder=self._recorder,
         )
         self._enter("pause")
         transaction.pause()
@@ -245,17 +206,20 @@ class Push:
         self._enter("begin")
         transaction.begin()
         self._enter("write")
+        self._recorder.anchor = time.perf_counter()
 
     def _fill(self, session: Session, exchange_s: float) -> list[list[str]]:
         source = self._pushed.source
         if session.gather is not None:
-            source = session.gather.exchange(self._held.ranks, source, timeout_s=exchange_s)
+            with self._recorder.during("gather"):
+                source = session.gather.exchange(self._held.ranks, source, timeout_s=exchange_s)
         self._filled_from = source
-        digests = session.fill(source, check_finite=self._settings.check_finite)
+        with self._recorder.during("fill"):
+            digests = session.fill(source, check_finite=self._settings.check_finite)
         self._filled_at = time.monotonic()
         return digests
 
-    def _write(self, session: Session, timeout_s: float) -> None:
+    def _write(self, session: Session, timeout_s: float) -> list[Mark]:
         if self._transaction is not None:
             self._transaction.check_held()
         else:  # not rank 0, and the word to write may have lain here while this rank stood still
@@ -266,9 +230,15 @@ class Push:
                 heard_at=self._filled_at,
                 fresh_s=_FOLLOWER_FRESH_S,
             )
-        session.write(self._version, self._filled_from, timeout_s=timeout_s)
+        with self._recorder.during("write"):
+            session.write(self._version, self._filled_from, timeout_s=timeout_s)
+        self._recorder.writes(session.written())
+        return self._recorder.told() if self._held.ranks.rank else []
 
-    def _commit_and_resume(self, session: Session, commit_s: float) -> PushReport:
+    def _commit_and_resume(
+        self, session: Session, commit_s: float, told: list[list[Mark]]
+    ) -> PushReport:
+        self._told = told
         transaction = self._transaction
         if transaction is None:
             raise NoSessionError("no push was begun", hint="push again")
@@ -286,6 +256,7 @@ class Push:
             paused_s=now - self._paused_at,
             total_s=now - self._started,
             agents=agents,
+            spans=(),
             **{f"{phase}_s": seconds for phase, seconds in self._seconds.items()},
         )
 
@@ -372,6 +343,7 @@ class Push:
             seconds = self._seconds[self._phase] = now - self._phase_started
             session = self._held.session
             nbytes = 0 if session is None else session.job.nbytes
+            self._recorder.add("phases", self._phase, self._phase_started, now)
             progress.ended(self._phase, self._version, self._push_id, seconds, nbytes)
         if phase == "pause":
             self._paused_at = now

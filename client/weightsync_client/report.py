@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
+
+from weightsync.errors import InputError
+from weightsync_client.trace import Span, write_trace
 
 #: the phases of a push, in order; ``paused`` spans pause to resume
 PHASES = ("rendezvous", "fill", "pause", "begin", "write", "commit", "resume")
@@ -41,6 +45,7 @@ class PushReport:
         paused_s: Pause sent to resume answered: what a request may have waited.
         total_s: The whole call of ``push``.
         agents: One outcome an agent.
+        spans: On rank 0, what every rank, agent and worker did when; empty on other ranks.
     """
 
     version: int
@@ -57,6 +62,7 @@ class PushReport:
     paused_s: float
     total_s: float
     agents: tuple[AgentOutcome, ...]
+    spans: tuple[Span, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def rate_bytes_per_s(self) -> float:
@@ -64,8 +70,26 @@ class PushReport:
         return self.nbytes / self.write_s if self.nbytes and self.write_s > 0 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: every field, and the rate."""
-        return {**asdict(self), "rate_bytes_per_s": self.rate_bytes_per_s}
+        """JSON-able: every field but ``spans``, and the rate."""
+        told = asdict(replace(self, spans=()))
+        del told["spans"]
+        return {**told, "rate_bytes_per_s": self.rate_bytes_per_s}
+
+    def trace(self, path: str | Path) -> None:
+        """Write the push's time line as a Chrome trace (``chrome://tracing``, ui.perfetto.dev).
+
+        Every rank's work and its longest writes, every agent's steps and every worker's parts of
+        them.  :mod:`weightsync_client.trace` tells how the clocks are brought together.
+
+        Raises:
+            InputError: This is not rank 0, or the file cannot be written.
+        """
+        if not self.spans:
+            raise InputError("only rank 0 knows the time line", hint="call trace there")
+        try:
+            write_trace(Path(path), self.spans, self.to_dict())
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error}", hint="name another file") from error
 
     def __str__(self) -> str:
         parts = " · ".join(

@@ -39,11 +39,15 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class _Post:
-    """A round's write to one worker.  ``last``: this rank has none to that worker after it."""
+    """A round's write to one worker.  ``last``: this rank has none to that worker after it.
+
+    ``place``: of the worker, with the number of its agent.
+    """
 
     agent: int
     write: PreparedWrite
     last: bool
+    place: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +107,7 @@ class Session:
         self.job = JobSize(self.nbytes, self.rounds)
         self._plan = plan
         self._wrote_s = 0.0
+        self._posted_at: dict[str, float] = {}
         self._staged_only = staged_only
         self.workers = workers
         self._posts: list[list[_Post]] = [[] for _ in plan.rounds]
@@ -183,7 +188,8 @@ class Session:
                     peer, ops, local=Side(slab.kind, slab.device_id), remote=remote
                 )
                 self._owned.enter_context(write)
-                self._posts[k].append(_Post(worker.agent, write, k == rounds[-1]))
+                place = f"agent{worker.agent}/{worker.place}"
+                self._posts[k].append(_Post(worker.agent, write, k == rounds[-1], place))
         return self.job
 
     def fill(self, source: WeightSource, *, check_finite: bool) -> list[list[str]]:
@@ -237,6 +243,7 @@ class Session:
         """
         started = time.monotonic()
         deadline = started + timeout_s
+        self._posted_at.clear()
         # Its end waits for the fill, whatever else went wrong: nobody frees slots that are filled.
         with ThreadPoolExecutor(1, "weightsync-fill") as aside:
             for k, posts in enumerate(self._posts):
@@ -252,6 +259,7 @@ class Session:
                     filled = aside.submit(self.slots.refill, source, k + 1)
                 # All earlier rounds have completed, so a last write's message follows them (WS-2).
                 for post in posts:
+                    self._posted_at.setdefault(post.place, time.perf_counter())
                     message = f"{self.epochs[post.agent]}:{version}:{self._plan.rank}"
                     message = f"ws:{message}" if post.last else f"part:{message}:{k}"
                     self._transport.post(post.write, message.encode())
@@ -260,6 +268,21 @@ class Session:
                 if filled is not None:
                     filled.result()
         self._wrote_s = time.monotonic() - started
+
+    def written(self) -> list[tuple[str, float, float, int]]:
+        """Of the last write, for each worker: its place, first post, last completion, bytes.
+
+        Moments are of ``time.perf_counter``.
+        """
+        found: dict[str, tuple[float, int]] = {}
+        for post in (post for posts in self._posts for post in posts):
+            done, nbytes = found.get(post.place, (0.0, 0))
+            found[post.place] = max(done, post.write.completed_at), nbytes + post.write.nbytes
+        now = time.perf_counter()  # of a transport that does not tell when
+        return [
+            (place, self._posted_at[place], done or now, nbytes)
+            for place, (done, nbytes) in found.items()
+        ]
 
     def warn_if_slow(self, ranks: int) -> None:
         """Warn if the last write of this rank, one of ``ranks``, left the fast path.

@@ -11,6 +11,7 @@ from weightsync.protocol import (
     AbortRequest,
     BeginRequest,
     CommitRequest,
+    Message,
     PauseMode,
     PauseRequest,
     RankDigests,
@@ -22,6 +23,7 @@ from weightsync_client.heartbeat import Heartbeat
 from weightsync_client.report import AgentOutcome
 from weightsync_client.session import Session
 from weightsync_client.settings import Deadlines
+from weightsync_client.trace import Recorder
 
 #: a push that its agents heard of so lately is not given up by them
 _FRESH_S = 1.0
@@ -55,6 +57,7 @@ class Transaction:
         version: What the engines will serve.
         deadlines: Of each call.
         pause_mode: What happens to running requests.
+        recorder: Told of every call.
     """
 
     def __init__(
@@ -67,7 +70,9 @@ class Transaction:
         version: int,
         deadlines: Deadlines,
         pause_mode: PauseMode,
+        recorder: Recorder,
     ) -> None:
+        self._recorder = recorder
         self._fleet = fleet
         self._session = session
         self._digests = digests
@@ -98,7 +103,7 @@ class Transaction:
             )
             self.stages[agent.index] = Stage.PAUSING
             try:
-                agent.post("/pause", request, StepResponse, timeout_s=self._deadlines.pause_s)
+                self._post(agent, "/pause", request, self._deadlines.pause_s)
             except StateError:  # refused: nothing changed there, nothing is to be undone
                 self.stages[agent.index] = Stage.UNTOUCHED
                 raise
@@ -118,26 +123,28 @@ class Transaction:
 
         def call(agent: Agent) -> None:
             self.stages[agent.index] = Stage.BEGINNING
-            self._post_begin(agent, self._deadlines.begin_s)
+            self._post(agent, "/begin_update", self._begin(agent), self._deadlines.begin_s)
 
         self._heard_at = time.monotonic()
         self._fleet.each(call)
         self._heartbeat.start()
 
-    def _post_begin(self, agent: Agent, timeout_s: float) -> None:
-        request = BeginRequest(
+    def _begin(self, agent: Agent) -> BeginRequest:
+        return BeginRequest(
             session=self._session.id,
             epoch=self._session.epochs[agent.index],
             push_id=self._push_id,
             version=self._version,
             timeout_s=self._deadlines.begin_s,
         )
-        agent.post("/begin_update", request, StepResponse, timeout_s=timeout_s)
 
     def _beat(self) -> None:
         # A repeat of begin says no more than that.  Whether the push was given up all the same,
         # the commit tells.
-        self._fleet.each_safely(lambda agent: self._post_begin(agent, _BEAT_S))
+        def call(agent: Agent) -> None:
+            agent.post("/begin_update", self._begin(agent), StepResponse, timeout_s=_BEAT_S)
+
+        self._fleet.each_safely(call)
 
     def check_held(self) -> None:
         """On rank 0, right before the writes.  See :func:`check_held`."""
@@ -162,7 +169,7 @@ class Transaction:
                 timeout_s=timeout_s,
             )
             self.stages[agent.index] = Stage.COMMITTING
-            answer = agent.post("/commit_update", request, StepResponse, timeout_s=timeout_s)
+            answer = self._post(agent, "/commit_update", request, timeout_s)
             self.stages[agent.index] = Stage.COMMITTED
             self._seconds[agent.index] = answer.seconds
 
@@ -217,11 +224,15 @@ class Transaction:
         }
         return [f"{a.url}: {told[self.stages[a.index]]}" for a in self._fleet.agents]
 
+    def _post(self, agent: Agent, path: str, request: Message, timeout_s: float) -> StepResponse:
+        sent_at = time.perf_counter()
+        answer = agent.post(path, request, StepResponse, timeout_s=timeout_s)
+        self._recorder.called(agent.url, path, sent_at, answer.spans)
+        return answer
+
     def _resume(self, agent: Agent) -> StepResponse:
-        timeout_s = self._deadlines.resume_s
-        answer = agent.post(
-            "/resume", ResumeRequest(push_id=self._push_id), StepResponse, timeout_s=timeout_s
-        )
+        request = ResumeRequest(push_id=self._push_id)
+        answer = self._post(agent, "/resume", request, self._deadlines.resume_s)
         if self.stages[agent.index] == Stage.COMMITTED:
             self.stages[agent.index] = Stage.RESUMED
         return answer

@@ -9,6 +9,7 @@ Threads: a transport is used by one thread at a time, except ``notifications`` a
 from __future__ import annotations
 
 import abc
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -71,6 +72,14 @@ class PreparedWrite(abc.ABC):
     peer: str
     nbytes: int
     descriptors: int
+    #: when ``wait`` last saw it complete, by ``time.perf_counter``; 0.0: never, or nobody looked
+    completed_at: float = 0.0
+
+    def completes(self, done: bool) -> bool:
+        """Note the moment if it is ``done``, which is returned.  For transports."""
+        if done:
+            self.completed_at = time.perf_counter()
+        return done
 
     @abc.abstractmethod
     def close(self) -> None:

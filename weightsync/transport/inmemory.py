@@ -251,7 +251,7 @@ class InMemoryTransport(Transport):
                         raise write.error
                     if write.closed:
                         raise refusals.closed_write(write.peer)
-                    write.posted = write.posted and write.due_s is not None
+                    write.posted = write.posted and not write.completes(write.due_s is None)
                 late = [write.peer for write in mine if write.posted]
             if not late:
                 return

@@ -303,7 +303,7 @@ class NixlTransport(Transport):
             if write.posted:
                 with self._tracked(write, "waiting for a write"):
                     status = self._agent.getXferStatus(write.handle).name
-                    write.posted = not is_done(status, write.peer)
+                    write.posted = not write.completes(is_done(status, write.peer))
             return not write.posted
 
     @contextmanager

@@ -51,7 +51,8 @@ from weightsync.worker_messages import (
 )
 from weightsync_server.agent.once import Mark, Once
 from weightsync_server.agent.pushes import Traffic
-from weightsync_server.agent.service import Service, Work
+from weightsync_server.agent.service import Service
+from weightsync_server.agent.work import Work
 
 log = logging.getLogger(__name__)
 
@@ -232,7 +233,9 @@ class Calls:
         work.extra |= extra or {}
         await self._service.run(work)
         state = self._service.state
-        return StepResponse(state=state.phase, version=state.version, seconds=work.seconds)
+        return StepResponse(
+            state=state.phase, version=state.version, seconds=work.seconds, spans=work.spans
+        )
 
     def _work(self, event: Ask, request: Message, timeout_s: float, begun: Mark) -> Work:
         return Work(event, time.monotonic() + timeout_s, request, begun)

@@ -50,11 +50,12 @@ _STRAGGLER_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Answer(Generic[T]):
-    """One worker's answer."""
+    """One worker's answer; ``at``: when it was there (monotonic seconds)."""
 
     place: str
     instance: str
     body: T
+    at: float
 
 
 class EngineClient:
@@ -148,7 +149,9 @@ class EngineClient:
     ) -> list[Answer[None]]:
         """Like :meth:`ask`, for what is answered with no more than "done"."""
         pending = await self._call(op, timeout_s, body, bodies)
-        return [Answer(r.place, r.instance, None) for r in _replies(op, pending)]
+        return [
+            Answer(r.place, r.instance, None, pending.at[r.place]) for r in _replies(op, pending)
+        ]
 
     async def ask(
         self,
@@ -276,7 +279,7 @@ class EngineClient:
     def _unpacked(self, op: Op, kind: type[T], pending: PendingCall) -> list[Answer[T]]:
         limit = self._max_unpacked_nbytes
         return [
-            Answer(r.place, r.instance, unpack(r.body, kind, max_nbytes=limit))
+            Answer(r.place, r.instance, unpack(r.body, kind, max_nbytes=limit), pending.at[r.place])
             for r in _replies(op, pending)
         ]
 

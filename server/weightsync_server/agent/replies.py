@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from weightsync.errors import EngineError, StateError, WeightSyncError
 from weightsync.protocol import WorkerReply
@@ -16,12 +17,15 @@ class PendingCall:
 
     def __init__(self, workers: int) -> None:
         self.by_place: dict[str, WorkerReply] = {}
+        #: when each came in (monotonic seconds)
+        self.at: dict[str, float] = {}
         self.workers = workers
         self.complete: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def add(self, reply: WorkerReply) -> None:
         """Take in one answer; a repeat from the same place changes nothing."""
         first = self.by_place.setdefault(reply.place, reply)
+        self.at.setdefault(reply.place, time.monotonic())
         if first.instance != reply.instance:
             # one of them would be left out of the push, and serve its old weights
             self.fail(

@@ -12,15 +12,13 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from typing import Any
 
 from weightsync.errors import DeadlineError, EngineDetachedError, EngineError, WeightSyncError
-from weightsync.protocol import CommitRequest, Message, PauseRequest
+from weightsync.protocol import CommitRequest, PauseRequest
 from weightsync.state import AgentState, Effect, step
 from weightsync.state_events import (
     Aborted,
-    Ask,
     BeginAsked,
     CommitAsked,
     Committed,
@@ -41,9 +39,9 @@ from weightsync.state_events import (
 from weightsync_server.agent.engines import Engines
 from weightsync_server.agent.events import EventHub
 from weightsync_server.agent.metrics import Metrics
-from weightsync_server.agent.once import Mark
 from weightsync_server.agent.pushes import PushClock
 from weightsync_server.agent.status import ErrorStatus
+from weightsync_server.agent.work import Work
 from weightsync_server.agent.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -51,28 +49,6 @@ log = logging.getLogger(__name__)
 
 #: steps that no push is part of: their times go into the metrics alone
 _WITHOUT_PUSH = (Effect.ATTACH, Effect.OPEN, Effect.CONNECT)
-
-
-@dataclass(slots=True)
-class Work:
-    """One ask on its way through its effects.  ``result`` is what an effect made for the caller."""
-
-    event: Ask
-    deadline: float
-    request: Message | None = None
-    begun: Mark = lambda: None
-    extra: dict[str, Any] = field(default_factory=dict)
-    result: Any = None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def push_id(self) -> str | None:
-        """The push that asks, if one does."""
-        return getattr(self.event, "push_id", None)
-
-    def left_s(self) -> float:
-        """Seconds until its deadline, never none at all."""
-        return max(self.deadline - time.monotonic(), 0.001)
 
 
 class Service:
@@ -246,6 +222,7 @@ class Service:
             outcome = _failed(effect, work, error)
         seconds = time.monotonic() - started
         work.seconds[effect.value] = round(seconds, 6)
+        work.span(effect.value, started, started + seconds)
         self.clock.ends(effect.value, work.push_id, ok=error is None)
         if error is None and effect in _WITHOUT_PUSH:
             self.metrics.seconds.labels(effect.value).observe(seconds)
@@ -281,20 +258,23 @@ class Service:
                 self.clock.connected(work.extra["traffic"])
                 return Connected(event.epoch)
             case Effect.BEGIN if isinstance(event, BeginAsked):
-                await self.workers.begin(
+                asked = time.monotonic()
+                begun = await self.workers.begin(
                     event.epoch, event.version, event.push_id, timeout_s=work.left_s()
                 )
+                for worker in begun:
+                    work.span("begin", asked, worker.at, worker.place)
                 return None
             case Effect.COMMIT if isinstance(event, CommitAsked):
                 if isinstance(request, CommitRequest) and request.reset_prefix_cache:
                     # Before the commit: the drained engine makes no new blocks meanwhile, and if
                     # this fails the workers still say that they are dirty, even to a new agent.
                     await self._reset_prefix_cache(work)
-                seconds, epoch_over = await self.workers.commit(
+                committed = await self.workers.commit(
                     work.extra["bodies"], event.version, timeout_s=work.left_s()
                 )
-                work.seconds |= seconds
-                return Committed(event.version, epoch_over)
+                work.seconds |= work.parts(committed)
+                return Committed(event.version, any(a.body.epoch_over for a in committed))
             case Effect.ABORT:
                 versions, dirty = await self.workers.abort(
                     state.owner or "", timeout_s=self._engine_timeout_s
@@ -308,6 +288,7 @@ class Service:
         started = time.monotonic()
         await self.engines.reset_prefix_cache(work.left_s())
         work.seconds["reset_prefix_cache"] = round(time.monotonic() - started, 6)
+        work.span("reset_prefix_cache", started, time.monotonic())
 
 
 def _failed(effect: Effect, work: Work, error: WeightSyncError) -> Outcome | None:

@@ -8,8 +8,9 @@ import time
 
 from weightsync.errors import DeadlineError, EngineDetachedError, WeightSyncError
 from weightsync.state_events import AbortAsked, AttachAsked
-from weightsync_server.agent.service import Service, Work
+from weightsync_server.agent.service import Service
 from weightsync_server.agent.settings import AgentSettings
+from weightsync_server.agent.work import Work
 
 log = logging.getLogger(__name__)
 

@@ -119,21 +119,20 @@ class Workers:
         """Tell every worker who will write what to it.  ``bodies`` in the order of the places."""
         self._same(await self._engines.tell("connect", timeout_s=timeout_s, **self._each(bodies)))
 
-    async def begin(self, epoch: int, version: int, push_id: str, *, timeout_s: float) -> None:
+    async def begin(
+        self, epoch: int, version: int, push_id: str, *, timeout_s: float
+    ) -> list[Answer[None]]:
         """Every worker checks its tensors' identity and marks itself dirty."""
         body = BeginBody(epoch, version, push_id)
-        self._same(await self._engines.tell("begin", body=body, timeout_s=timeout_s))
+        answers = self._same(await self._engines.tell("begin", body=body, timeout_s=timeout_s))
         for worker in self.status:
             worker.dirty = True
+        return answers
 
     async def commit(
         self, bodies: Sequence[CommitBody], version: int, *, timeout_s: float
-    ) -> tuple[dict[str, float], bool]:
-        """Every worker checks and installs.
-
-        Returns:
-            The parts of the slowest one's time, in seconds; whether any has ended the epoch.
-        """
+    ) -> list[Answer[CommitReply]]:
+        """Every worker checks and installs; where its time went."""
         answers = self._same(
             await self._engines.ask(
                 "commit", CommitReply, timeout_s=timeout_s, **self._each(bodies)
@@ -146,8 +145,7 @@ class Workers:
             )
         for worker in self.status:
             worker.dirty, worker.version = False, version
-        slowest = max((a.body.seconds for a in answers), key=lambda s: sum(s.values()))
-        return slowest, any(a.body.epoch_over for a in answers)
+        return answers
 
     async def abort(self, push_id: str, *, timeout_s: float) -> tuple[frozenset[int], bool]:
         """Every worker gives the push up; their versions, and whether any of them is dirty."""

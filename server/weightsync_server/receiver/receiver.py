@@ -283,6 +283,7 @@ class Receiver:
             self._first_install(epoch)
         else:
             self._install(epoch.target, epoch.proofs)
+        marks.append(time.perf_counter())
         self.adapter.refresh()
         self.adapter.synchronize()
         self.version, self.dirty, epoch.pushing = body.version, False, None
@@ -290,7 +291,7 @@ class Receiver:
         first = epoch.proofs is None
         if first:
             self.close()  # the layout is another one now: the next push makes a new rendezvous
-        parts = ("writers", "digest", "install")
+        parts = ("writers", "digest", "install", "refresh")
         seconds = {p: b - a for p, a, b in zip(parts, marks, marks[1:], strict=False)}
         self._committed = body.push_id, CommitReply(body.version, seconds, epoch_over=first)
         return self._committed[1]

@@ -1,0 +1,59 @@
+"""What a publisher is told once, and what it holds open from push to push."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from weightsync.protocol import PauseMode
+from weightsync.transport.base import Transport
+from weightsync_client.control import Fleet
+from weightsync_client.progress import Progress
+from weightsync_client.ranks import Ranks
+from weightsync_client.session import Session
+from weightsync_client.settings import Deadlines
+
+
+@dataclass(frozen=True, slots=True)
+class PushSettings:
+    """What is the same in every push of a publisher; :class:`Publisher` tells the meanings."""
+
+    make_transport: Callable[[], Transport]
+    check_finite: bool
+    pause_mode: PauseMode
+    deadlines: Deadlines
+    ignore: tuple[str, ...]
+    max_slot_nbytes: int | None
+    coalesce_nbytes: int
+    progress: Progress
+
+
+class Open:
+    """What a publisher holds open from push to push.
+
+    Attributes:
+        fleet: The connections.
+        ranks: The ranks that push together.
+        session: The last rendezvous, while it may be used.
+        last_version: The last version that a begin was sent for: it is not used again (WS-2).
+    """
+
+    def __init__(self, fleet: Fleet, ranks: Ranks) -> None:
+        self.fleet = fleet
+        self.ranks = ranks
+        self.session: Session | None = None
+        self.last_version = 0
+
+    def end_session(self) -> None:
+        """Release the session's memory, handles and wire."""
+        session, self.session = self.session, None
+        if session is not None:
+            session.close()
+
+    def close(self) -> None:
+        """End the session and the connections."""
+        try:
+            self.end_session()
+        finally:
+            self.ranks.close()
+            self.fleet.close()
