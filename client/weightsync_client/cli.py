@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from weightsync_client.bench.command import bench
+from weightsync_client.commands.common import TraceFile
 from weightsync_client.commands.doctor import doctor
 from weightsync_client.commands.fleet import pause, resume, status
 from weightsync_client.commands.weights import explain_command, push, verify
@@ -97,6 +98,7 @@ def demo(
         Path | None,
         typer.Option(help="New or empty folder for checkpoints and logs, which stay there."),
     ] = None,
+    trace: TraceFile = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the temporary folder.")] = False,
     timeout: Annotated[
         float, typer.Option(min=1, max=86_400, help="Seconds for the whole demo.")
@@ -128,6 +130,7 @@ def demo(
         trainer_ranks=trainer_ranks,
         quantization=quantization.value,
         workdir=workdir,
+        trace_file=trace,
         keep=keep,
         timeout_s=timeout,
     )

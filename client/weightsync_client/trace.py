@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsync import protocol
+from weightsync.errors import InputError
 
 #: writes that a rank tells of, those that took longest: rank 0 hears of them while engines wait
 _WRITES_TOLD = 16
@@ -139,6 +140,18 @@ def _placed(call: _Call, zero: float) -> Iterator[Span]:
         start_s = min(max(told.start_s, 0.0), took_s)
         seconds = min(told.seconds, took_s - start_s)
         yield Span(process, told.place or "calls", told.name, first_s + start_s, seconds)
+
+
+def check_trace_file(path: Path | None) -> None:
+    """Before a push whose time line is wanted.
+
+    Raises:
+        InputError: The file's folder is not there.
+    """
+    if path is not None and not path.resolve().parent.is_dir():
+        raise InputError(
+            f"there is no folder {path.parent} for a trace", hint="make it, or name another file"
+        )
 
 
 def write_trace(path: Path, spans: Sequence[Span], about: dict[str, Any]) -> None:

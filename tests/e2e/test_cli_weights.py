@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.support.cli import Run
 from tests.support.stack import Stack, save
 from tests.support.torch_host import free_port
+from tests.support.traces import read_trace, seconds
 from weightsync_client.transaction import Transaction
 
 pytestmark = pytest.mark.nixl
@@ -23,12 +24,15 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_pushed_folder_is_what_the_engine_serves_and_verify_says_so(
-    stack: Stack, run: Run, checkpoint: Path, second: Path
+    stack: Stack, run: Run, checkpoint: Path, second: Path, tmp_path: Path
 ) -> None:
     agent = ("--agent", stack.agent.url)
-    pushed = run("push", second, *agent, "--json")
+    trace = tmp_path / "push.json"
+    pushed = run("push", second, *agent, "--json", "--trace", trace)
     assert pushed.code == 0, pushed.err
     assert pushed.json.keys() >= REPORT_FIELDS
+    lanes = read_trace(trace)
+    assert seconds(lanes["rank 0", "phases"], "write") == pytest.approx(pushed.json["write_s"])
     stack.assert_holds(weights_of(second), pushed.json["version"])
 
     equal = run("verify", second, *agent, "--json")
@@ -112,6 +116,7 @@ def test_what_cannot_be_pushed_is_told_before_anything_moves(
     gone = f"http://127.0.0.1:{free_port()}"
     assert run("push", second, *agent, "--agent", gone).code == 4
     assert run("push", second, *agent, "--version", 0).code == 2
+    assert run("push", second, *agent, "--trace", tmp_path / "no" / "push.json").code == 2
     stack.assert_serves(held)
 
 

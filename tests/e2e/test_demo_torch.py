@@ -15,6 +15,7 @@ import pytest
 from safetensors import safe_open
 
 from tests.support.models import config_of
+from tests.support.traces import read_trace
 from weightsync_client.demo import DemoOptions, run_demo, stack
 from weightsync_client.demo.result import EXIT_BAD_ARGUMENTS, EXIT_FAILED, EXIT_REFUSED
 
@@ -69,7 +70,8 @@ def test_json_proves_every_push_against_a_fresh_load(tmp_path):
 @pytest.mark.parametrize("one_agent", [False, True], ids=["an agent each", "one agent"])
 def test_two_fsdp2_ranks_push_into_two_engines(one_agent, tmp_path):
     workdir = tmp_path / "demo"
-    options = ["--trainer-ranks", "2", "--replicas", "2", "--pushes", "2"]
+    trace = tmp_path / "push.json"
+    options = ["--trainer-ranks", "2", "--replicas", "2", "--pushes", "2", "--trace", str(trace)]
     options += ["--one-agent"] if one_agent else []
     done = demo("--json", "--workdir", str(workdir), *options)
     assert done.returncode == 0, done.stderr
@@ -79,6 +81,10 @@ def test_two_fsdp2_ranks_push_into_two_engines(one_agent, tmp_path):
     saved = (workdir / "trained" / "model.safetensors").stat().st_size
     for push in said["pushes"]:  # the weights, to each of the two engines once
         assert push["nbytes"] == pytest.approx(2 * saved, rel=0.01)
+    lanes = read_trace(trace)
+    assert {process for process, _ in lanes if process.startswith("rank")} == {"rank 0", "rank 1"}
+    assert len([lane for _, lane in lanes if lane.startswith("engine")]) == 2
+    assert len([lane for _, lane in lanes if lane.startswith("write to")]) == 4
     assert "50 of 50 tensors of 2 engines have the fresh load's SHA-256" in done.stderr
     assert processes_below(workdir) == []
 

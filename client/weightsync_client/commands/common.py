@@ -43,6 +43,13 @@ Ignore = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN", help="Tensors that an engine may have no use for."),
 ]
+TraceFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Write the push's time line there, for chrome://tracing or ui.perfetto.dev.",
+    ),
+]
 CheckpointDir = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT_DIR", help="Folder of safetensors files.")
 ]

@@ -18,6 +18,7 @@ from weightsync_client.commands.common import (
     CheckpointDir,
     Ignore,
     TokenFile,
+    TraceFile,
     errors_told,
     new_fleet,
     print_json,
@@ -53,6 +54,7 @@ def push(
         bool, typer.Option(help="Refuse weights that are NaN or infinite.")
     ] = True,
     ignore: Ignore = None,
+    trace: TraceFile = None,
     token_file: TokenFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -66,7 +68,9 @@ def push(
     with errors_told("push", as_json=as_json):
         from weightsync_client.checkpoint import CheckpointSource
         from weightsync_client.publisher import Publisher
+        from weightsync_client.trace import check_trace_file
 
+        check_trace_file(trace)
         source = CheckpointSource(checkpoint)
         shown = sys.stderr.isatty() and not as_json
         with (
@@ -83,6 +87,8 @@ def push(
             sigterm_as_exit(),
         ):
             report = publisher.push(source, version)
+        if trace is not None:
+            report.trace(trace)
         if as_json:
             print_json(report.to_dict())
         elif not shown:

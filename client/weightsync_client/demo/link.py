@@ -31,6 +31,7 @@ class TrainerLink:
         ranks: How many processes it has.
         deadline: Of every wait.
         quantization: ``fp8``: of checkpoints and pushes.
+        trace: File for the time line of the last push.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class TrainerLink:
         ranks: int,
         deadline: Deadline,
         quantization: str = "none",
+        trace: Path | None = None,
     ) -> None:
         command = [sys.executable, "-m", "weightsync_client.demo.trainer"]
         command += ["--folder", str(folder), "--device", device, "--quantization", quantization]
@@ -50,6 +52,8 @@ class TrainerLink:
             command += ["--agent", agent]
         if config_file is not None:
             command += ["--config", str(config_file.resolve())]
+        if trace is not None:
+            command += ["--trace", str(trace.resolve())]
         port = processes.reserve_port()
         self._ranks: list[Process] = [
             processes.start(

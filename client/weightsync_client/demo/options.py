@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from weightsync.errors import InputError
+from weightsync_client.trace import check_trace_file
 
 EngineKind = Literal["vllm", "torch"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -51,6 +52,8 @@ class DemoOptions(BaseModel):
     """Folder for checkpoints and logs, empty or new, that is kept; None: a temporary one."""
     keep: bool = False
     """Whether the temporary folder stays even if all went well."""
+    trace_file: Path | None = None
+    """File for the time line of the last push; None: none."""
     timeout_s: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] = 600.0
     """Seconds for the whole demo (WS-6)."""
 
@@ -75,6 +78,7 @@ class DemoOptions(BaseModel):
                 "--engine torch has one worker",
                 hint="leave --tp, --pp, --dp and --expert-parallel out, or use vllm",
             )
+        check_trace_file(self.trace_file)
         folder = self.workdir
         if folder is not None and folder.exists() and not _is_empty_folder(folder):
             raise InputError(f"--workdir {folder} is not an empty folder", hint="name a new one")

@@ -104,6 +104,7 @@ class _Demo:
             options.trainer_ranks,
             self._deadline,
             options.quantization,
+            options.trace_file,
         )
         view.working("making a model with random weights")
         made = trainer.wait("made")

@@ -32,8 +32,9 @@ from weightsync_client.report import PushReport
 class Events:
     """Writes what happens, and is the publisher's progress."""
 
-    def __init__(self, out: TextIO, rank: int) -> None:
+    def __init__(self, out: TextIO, rank: int, trace: Path | None = None) -> None:
         self._out = out
+        self._trace = trace
         self._silent = rank > 0
 
     def send(self, event: str, **facts: Any) -> None:
@@ -53,6 +54,8 @@ class Events:
 
     def done(self, report: PushReport) -> None:
         """The push is over, well."""
+        if self._trace is not None and not self._silent:
+            report.trace(self._trace)
         facts = report.to_dict() | {"version": report.version}
         self.send("pushed", report=facts)
 
@@ -115,11 +118,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--agent", action="append", required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quantization", default="none")
+    parser.add_argument("--trace", type=Path)
     options = parser.parse_args(argv)
     options.rank = int(os.environ["RANK"])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     with _own_stdout() as out:
-        events = Events(out, options.rank)
+        events = Events(out, options.rank, options.trace)
         try:
             train(options, sys.stdin, events)
         except WeightSyncError as error:
