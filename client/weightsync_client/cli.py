@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from weightsync_client.bench.command import bench
-from weightsync_client.commands.common import TraceFile
+from weightsync_client.commands.common import TLS_FILES, TraceFile
 from weightsync_client.commands.doctor import doctor
 from weightsync_client.commands.fleet import pause, resume, status
 from weightsync_client.commands.weights import explain_command, push, verify
@@ -20,13 +20,32 @@ from weightsync_client.demo.options import DemoOptions
 from weightsync_client.demo.run import run_demo
 from weightsync_client.demo.view import PlainView, TerminalView, View
 from weightsync_client.plan_command import plan
+from weightsync_client.settings import TlsFiles
 from weightsync_client.signals import sigterm_as_exit
 
 app = typer.Typer(
-    help="weightsync carries new weights into live inference engines: whole or not at all.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def certificates(
+    ca_file: Annotated[
+        Path | None,
+        typer.Option(help="CA of the agents' certificates.  [default: WEIGHTSYNC_CA_FILE]"),
+    ] = None,
+    cert_file: Annotated[
+        Path | None,
+        typer.Option(help="Certificate for agents that want one.  [default: WEIGHTSYNC_CERT_FILE]"),
+    ] = None,
+    key_file: Annotated[
+        Path | None,
+        typer.Option(help="Its key, if not in the same file.  [default: WEIGHTSYNC_KEY_FILE]"),
+    ] = None,
+) -> None:
+    """Carry new weights into live inference engines: whole or not at all."""
+    TLS_FILES.set(TlsFiles(ca_file, cert_file, key_file))
 
 
 class Engine(StrEnum):

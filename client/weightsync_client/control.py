@@ -30,6 +30,7 @@ from weightsync.errors import (
 )
 from weightsync.protocol import SESSION_SECRET_HEADER, Message
 from weightsync_client.settings import Deadlines
+from weightsync_client.tls import tls_hint
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
@@ -108,13 +109,16 @@ class Agent:
                 if attempt == 2:
                     raise AgentUnreachableError(
                         f"agent {self.url} closed the connection in {call}: {error}",
-                        hint="look at the agent's log; it may have been restarted",
+                        hint=tls_hint(error)
+                        or "look at the agent's log; was it restarted?  With --tls-cert it wants "
+                        "https://, with --tls-client-ca a --cert-file",
                         agent=self.url,
                     ) from error
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 raise AgentUnreachableError(
                     f"agent {self.url} does not answer {call}: {error}",
-                    hint="start weightsync-agent there, and check host, port and firewall",
+                    hint=tls_hint(error)
+                    or "start weightsync-agent there, and check host, port and firewall",
                     agent=self.url,
                 ) from error
             except httpx.TimeoutException as error:

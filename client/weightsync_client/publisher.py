@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from weightsync_client.rendezvous import Pushed
 from weightsync_client.report import PushReport
 from weightsync_client.settings import Deadlines, token_from_env
 from weightsync_client.source import Conversion, Weights, as_spec
+from weightsync_client.tls import Cert, Verify, tls_context
 
 
 class Publisher:
@@ -65,7 +65,10 @@ class Publisher:
             registered, None: nothing, or ``auto``: for a module what is registered for its class,
             or else what transformers would save, and nothing for what is no module.
         quantization: What to publish as fp8, for engines that serve such a checkpoint.
-        verify: True, or the TLS context to check ``https`` agents with.
+        verify: What ``https`` agents are checked with: the PEM file of their CA, a TLS context, or
+            True: ``WEIGHTSYNC_CA_FILE``, and without it the CAs that the world trusts.
+        cert: What agents with ``--tls-client-ca`` are shown: a PEM file with certificate and key,
+            or a file for each; default: ``WEIGHTSYNC_CERT_FILE`` and ``WEIGHTSYNC_KEY_FILE``.
         group: The ranks that push together: the default process group if there is one, another
             group of any backend, or None: this process alone.
 
@@ -89,7 +92,8 @@ class Publisher:
         coalesce_bytes: int = COALESCE_NBYTES,
         conversion: Conversion = "auto",
         quantization: QuantizationSpec | None = None,
-        verify: ssl.SSLContext | bool = True,
+        verify: Verify = True,
+        cert: Cert | None = None,
         group: dist.ProcessGroup | Literal["default"] | None = "default",
     ) -> None:
         if transport != "nixl" and not callable(transport):
@@ -109,7 +113,7 @@ class Publisher:
             agents,
             token=token_from_env() if token is None else token,
             deadlines=deadlines,
-            verify=verify,
+            verify=tls_context(verify, cert),
         )
         ranks = make_ranks(group, apart_s=deadlines.ranks_s)
         self._settings = PushSettings(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -52,3 +53,17 @@ class Deadlines(BaseModel):
 def token_from_env() -> str | None:
     """The agents' bearer token as ``WEIGHTSYNC_TOKEN`` has it; None where it is unset or empty."""
     return os.environ.get("WEIGHTSYNC_TOKEN") or None
+
+
+class TlsFiles(NamedTuple):
+    """PEM files: the CA of the agents, and the certificate and key that they are shown."""
+
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+
+
+def tls_from_env() -> TlsFiles:
+    """The files that ``WEIGHTSYNC_CA_FILE``, ``..._CERT_FILE`` and ``..._KEY_FILE`` name."""
+    named = (os.environ.get(f"WEIGHTSYNC_{what}_FILE") for what in ("CA", "CERT", "KEY"))
+    return TlsFiles(*(Path(name) if name else None for name in named))

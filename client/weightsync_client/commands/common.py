@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import ssl
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -20,10 +22,14 @@ from weightsync.errors import (
 )
 from weightsync.tokens import read_tokens
 from weightsync_client.control import Fleet
-from weightsync_client.settings import Deadlines, token_from_env
+from weightsync_client.settings import Deadlines, TlsFiles, token_from_env
+from weightsync_client.tls import tls_context
 
 #: the exit statuses of all commands; docs/cli.md tells them
 EXIT_NO, EXIT_INPUT, EXIT_REFUSED, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
+
+#: the certificates that the command that runs was told
+TLS_FILES: ContextVar[TlsFiles | None] = ContextVar("tls_files", default=None)
 
 Urls = Annotated[
     list[str], typer.Argument(metavar="URL...", help="Agents, each as http://HOST:PORT.")
@@ -108,10 +114,22 @@ def read_token(path: Path | None) -> str | None:
     return read_tokens(path)[0]
 
 
+def tls_of_command() -> ssl.SSLContext | Literal[True]:
+    """What the options before the command's name said of certificates.
+
+    Raises:
+        InputError: See :func:`weightsync_client.tls.tls_context`.
+    """
+    files = TLS_FILES.get() or TlsFiles()
+    cert = files.cert if files.key is None or files.cert is None else (files.cert, files.key)
+    return tls_context(files.ca or True, cert)
+
+
 def new_fleet(urls: Sequence[str], token_file: Path | None, deadlines: Deadlines) -> Fleet:
     """The agents of a command.
 
     Raises:
-        InputError: An address or the token file is wrong.
+        InputError: An address, the token file or a certificate is wrong.
     """
-    return Fleet(urls, token=read_token(token_file), deadlines=deadlines)
+    token = read_token(token_file)
+    return Fleet(urls, token=token, deadlines=deadlines, verify=tls_of_command())

@@ -23,6 +23,7 @@ from weightsync_client.commands.common import (
     new_fleet,
     print_json,
     read_token,
+    tls_of_command,
 )
 from weightsync_client.commands.fleet import Mode
 from weightsync_client.control import Fleet
@@ -77,6 +78,7 @@ def push(
             Publisher(
                 agents,
                 token=read_token(token_file) or "",
+                verify=tls_of_command(),
                 pause_mode=pause_mode.value,
                 max_slot_bytes=max_slot_bytes,
                 check_finite=check_finite,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import sys
@@ -13,16 +14,28 @@ from weightsync.errors import InputError, WeightSyncError
 from weightsync.logs import formatter
 from weightsync_server.agent.app import Agent
 from weightsync_server.agent.settings import AgentSettings, load_settings
+from weightsync_server.agent.side_door import SideDoor
+from weightsync_server.agent.tls import Certificates
+from weightsync_server.same_host import is_loopback
 from weightsync_server.secret import load_secret
 
 log = logging.getLogger("weightsync_server.agent")
 
 
 class AgentServer(uvicorn.Server):
-    """Ends the event streams first when it is told to stop; they would never end by themselves."""
+    """Ends the event streams first when it is told to stop; they would never end by themselves.
 
-    def __init__(self, agent: Agent) -> None:
+    Args:
+        agent: What it serves.
+        side: With TLS: the socket of the side door.
+
+    Raises:
+        InputError: The TLS files are wrong.
+    """
+
+    def __init__(self, agent: Agent, side: socket.socket | None = None) -> None:
         settings = agent.settings
+        self._certificates = Certificates(settings)
         super().__init__(
             uvicorn.Config(
                 agent.app,
@@ -30,15 +43,33 @@ class AgentServer(uvicorn.Server):
                 access_log=settings.log_level == "debug",
                 lifespan="on",
                 ws="none",
+                # who calls is who is connected, whatever a header says: limits go by address
+                proxy_headers=False,
                 timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout_s)),
+                **self._certificates.options,
             )
         )
         self._agent = agent
+        self._side = None if side is None else SideDoor(agent.app, side)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Uvicorn's, and the side door."""
+        await super().startup(sockets)
+        if self._side is not None:
+            self._side.open()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Uvicorn's, ten times a second; certificates are looked at every ten seconds."""
+        if self.config.ssl is not None and counter % 100 == 0:
+            self._certificates.renew(self.config.ssl)
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Uvicorn's, after the streams have been ended."""
         self._agent.hub.close()
         await super().shutdown(sockets)
+        if self._side is not None:
+            await self._side.stop()
 
 
 def listen(settings: AgentSettings) -> socket.socket:
@@ -47,9 +78,24 @@ def listen(settings: AgentSettings) -> socket.socket:
     Raises:
         InputError: The address cannot be listened on.
     """
+    return _listen(settings.host, settings.port)
+
+
+def listen_aside(settings: AgentSettings) -> socket.socket | None:
+    """With TLS: the socket of the side door.
+
+    Raises:
+        InputError: The address cannot be listened on.
+    """
+    if settings.tls_cert is None:
+        return None
+    return _listen(settings.host if settings.probe_port else "127.0.0.1", settings.probe_port)
+
+
+def _listen(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM
+            host, port, type=socket.SOCK_STREAM
         )[0]
         # asyncio sends without delay (TCP_NODELAY) only where the socket names its protocol;
         # elsewhere each answer waits some 40 ms for an acknowledgement
@@ -63,8 +109,8 @@ def listen(settings: AgentSettings) -> socket.socket:
             raise
     except OSError as error:
         raise InputError(
-            f"cannot listen on {settings.host} port {settings.port}: {error}",
-            hint="is another agent running there? --port takes another one",
+            f"cannot listen on {host} port {port}: {error}",
+            hint="is another agent running there? --port or --probe-port take another one",
         ) from error
     return sock
 
@@ -76,11 +122,18 @@ def serve(settings: AgentSettings) -> None:
         WeightSyncError: It could not start.
     """
     agent = Agent(settings, load_secret())
-    with listen(settings) as sock:
+    with listen(settings) as sock, contextlib.ExitStack() as beside:
+        side = listen_aside(settings)
+        if side is not None:
+            beside.enter_context(side)
         host, port = sock.getsockname()[:2]
-        agent.listens_at(host, port)
-        log.info("agent on http://%s:%d for %s", host, port, ", ".join(settings.engine_url))
-        AgentServer(agent).run(sockets=[sock])
+        agent.listens_at(*(sock if side is None else side).getsockname()[:2])
+        server = AgentServer(agent, side)
+        scheme = "http" if side is None else "https"
+        log.info("agent on %s://%s:%d for %s", scheme, host, port, ", ".join(settings.engine_url))
+        if side is None and not is_loopback(host):
+            log.warning("WITHOUT TLS on %s: whoever listens there can read the token", host)
+        server.run(sockets=[sock])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

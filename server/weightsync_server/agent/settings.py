@@ -43,6 +43,19 @@ class AgentSettings(BaseModel):
     token_file: Path | None = None
     """File that holds the bearer token that callers must send (or WEIGHTSYNC_TOKEN), and in a
     second line the one that it replaces; read again whenever it changes."""
+    tls_cert: Path | None = None
+    """PEM file with the agent's certificate and its chain: it then speaks https.  Read again when
+    it changes, as the two below."""
+    tls_key: Path | None = None
+    """PEM file with the certificate's key; None: it is in the same file."""
+    tls_client_ca: Path | None = None
+    """PEM file with the CA that signs callers' certificates: whoever has none is not heard."""
+    insecure_http: bool = False
+    """Listen on more than loopback without TLS: whoever can listen on that network can read the
+    token, and push with it."""
+    probe_port: Annotated[int, Field(ge=0, le=65_535)] = 0
+    """With TLS: port of a plain listener on the same address that answers /healthz and /readyz
+    alone; 0: it listens on loopback only."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """What to log."""
     log_format: Literal["text", "json"] = "text"
@@ -77,6 +90,12 @@ class AgentSettings(BaseModel):
         if not isinstance(texts, (list, tuple)) or not all(isinstance(t, str) for t in texts):
             return given
         return tuple(url.strip().rstrip("/") for text in texts for url in text.split(","))
+
+    @pydantic.model_validator(mode="after")
+    def _tls_fits_together(self) -> AgentSettings:
+        if self.tls_cert is None and (self.tls_key or self.tls_client_ca or self.probe_port):
+            raise ValueError("tls_key, tls_client_ca and probe_port need tls_cert")
+        return self
 
     @pydantic.field_validator("engine_url", mode="after")
     @classmethod
@@ -116,6 +135,12 @@ def load_settings(
             f"the agent would listen on {settings.host} without a token",
             hint=f"set {ENV_TOKEN} or --token-file, or listen on 127.0.0.1",
         )
+    if settings.tls_cert is None and not (settings.insecure_http or is_loopback(settings.host)):
+        raise InputError(
+            f"the agent would listen on {settings.host} without TLS, and get its token in clear",
+            hint="set --tls-cert and --tls-key; or --insecure-http, where nobody else can listen "
+            "on that network or something in front of the agent speaks TLS",
+        )
     return settings.model_copy(update={"token": token})
 
 
@@ -141,7 +166,10 @@ def _parser() -> argparse.ArgumentParser:
             continue
         default = "" if field.is_required() else f" (default: {field.default})"
         text = f"{field.description}{default}".replace("%", "%%")
-        action = "append" if name == "engine_url" else "store"
         flag = f"--{name.replace('_', '-')}"
+        if field.annotation is bool:
+            parser.add_argument(flag, help=text, action="store_true")
+            continue
+        action = "append" if name == "engine_url" else "store"
         parser.add_argument(flag, metavar="VALUE", help=text, action=action)
     return parser
