@@ -16,8 +16,9 @@ import numpy as np
 from weightsync.coverage import AddressSpace, Fault, check_names, nearest
 from weightsync.dtypes import itemsize
 from weightsync.errors import ManifestError, PlanError
-from weightsync.geometry import dst_runs
+from weightsync.geometry import Int64s, dst_runs
 from weightsync.layout import CopyRecord, WorkerLayout
+from weightsync.lending import LEND_NBYTES, Lendable, Lent, lend
 from weightsync.manifest import Manifest
 from weightsync.ownership import Cells, Gathered, Holdings, Share, assign
 from weightsync.slots import Fill, Pieces, Round, Slots, Write, fills, round_nbytes
@@ -45,12 +46,17 @@ class TransportPlan:
         rounds: What goes through the slot memory, in this order.  From the third round on each
             takes the memory of the last but one.
         shares: What this rank gives to others, or takes, before the slots are filled.
+        lent: The tensors and boxes that are written, in part at least, from where they are.
+        origins: Where each lendable block begins behind the slots: a write's ``slot_offset`` counts
+            through both.
     """
 
     rank: int
     slot_nbytes: int
     rounds: tuple[Round, ...]
     shares: tuple[Share, ...] = ()
+    lent: tuple[tuple[str, int], ...] = ()
+    origins: tuple[int, ...] = ()
 
     @property
     def fills(self) -> tuple[Fill, ...]:
@@ -218,13 +224,26 @@ class Job:
         """
         _prove(self)
 
-    def plan(self, rank: int, *, max_slot_nbytes: int | None = None) -> TransportPlan:
+    def plan(
+        self,
+        rank: int,
+        *,
+        max_slot_nbytes: int | None = None,
+        lendable: Lendable | None = None,
+        lend_nbytes: int = LEND_NBYTES,
+    ) -> TransportPlan:
         """One rank's part.  It costs what the rank holds, not what the job is.
+
+        Args:
+            rank: Whose.
+            max_slot_nbytes: Bound of its slot memory.
+            lendable: What may be written from where it is; it takes no slots.
+            lend_nbytes: Least bytes in one run of it.
 
         Raises:
             PlanError: The bound of the slot memory is too small.
         """
-        return _plan_of(rank, self, max_slot_nbytes)
+        return _plan_of(rank, self, max_slot_nbytes, lendable or Lendable(), lend_nbytes)
 
 
 # ------------------------------------------------------------------ the proof
@@ -293,8 +312,15 @@ def _writers(target: Target, fault: Fault) -> Iterator[CopyRecord]:
 # ------------------------------------------------------------------ one rank's part
 
 
-def _plan_of(rank: int, job: Job, max_slot_nbytes: int | None) -> TransportPlan:
-    pieces, starts, stops = pieces_of(rank, job.targets, job.space, job.cells)
+def _plan_of(
+    rank: int, job: Job, max_slot_nbytes: int | None, lendable: Lendable, lend_nbytes: int
+) -> TransportPlan:
+    pieces, starts, stops, counts = pieces_of(rank, job.targets, job.space, job.cells)
+    lent, mask = lend(pieces, lendable, lend_nbytes)
+    if lent.boxes:
+        copied = np.repeat(~mask, counts)
+        starts, stops = starts[copied], stops[copied]
+        pieces = [piece for piece, away in zip(pieces, mask.tolist(), strict=True) if not away]
     slots = Slots.lay_out(starts, stops)
     each_nbytes = round_nbytes(slots.nbytes, max_slot_nbytes)
     parts = slots.rounds(each_nbytes)
@@ -315,30 +341,39 @@ def _plan_of(rank: int, job: Job, max_slot_nbytes: int | None) -> TransportPlan:
                 "writes",
                 hint="this is a defect of weightsync: please report it with the layout",
             )
-    writes = _writes(job, parts)
+    slot_nbytes = slots.nbytes if len(parts) == 1 else 2 * each_nbytes
+    origins = lendable.origins(slot_nbytes)
+    writes = _writes(job, parts, lent, origins)
     return TransportPlan(
         rank,
-        slots.nbytes if len(parts) == 1 else 2 * each_nbytes,
+        slot_nbytes,
         tuple(Round(some, here) for some, here in zip(made, writes, strict=True)),
         tuple(share for gathered in job.gathered for share in gathered.shares(rank)),
+        lent.boxes,
+        tuple(origins.tolist()),
     )
 
 
-def _writes(job: Job, parts: Sequence[Slots]) -> list[tuple[tuple[Write, ...], ...]]:
-    """Of every round, the writes to every worker."""
-    starts = np.concatenate([part.starts for part in parts])  # rounds follow the addresses
-    cuts = np.searchsorted(starts, job.space.bases).tolist()
+def _writes(
+    job: Job, parts: Sequence[Slots], lent: Lent, blocks: Int64s
+) -> list[tuple[tuple[Write, ...], ...]]:
+    """Of every round, the writes to every worker; what is lent is in the first."""
+    rounds = [np.full(len(part.starts), k, dtype=np.int64) for k, part in enumerate(parts)]
+    starts = np.concatenate([*(part.starts for part in parts), lent.starts])
+    stops = np.concatenate([*(part.stops for part in parts), lent.stops])
+    offsets = np.concatenate(
+        [*(part.offsets for part in parts), blocks[lent.blocks] + lent.offsets]
+    )
+    order = np.argsort(starts, kind="stable")  # rounds follow the addresses
+    columns = (
+        np.concatenate([*rounds, np.zeros(len(lent.starts), dtype=np.int64)]),
+        offsets,
+        stops - starts,
+        starts,
+    )
+    merged = list(zip(*(column[order].tolist() for column in columns), strict=True))
+    cuts = np.searchsorted(starts[order], job.space.bases).tolist()
     origins = job.space.bases.tolist()
-    merged = [
-        (k, *slot)
-        for k, part in enumerate(parts)
-        for slot in zip(
-            part.offsets.tolist(),
-            (part.stops - part.starts).tolist(),
-            part.starts.tolist(),
-            strict=True,
-        )
-    ]
     # Workers that want all alike have one list of places, and get one tuple of writes.
     by_place: dict[int, list[tuple[Write, ...]]] = {}
     for here in job.places:

@@ -133,8 +133,8 @@ def _table(parts: Sequence[Part]) -> tuple[Int64s, Int64s, Int64s]:
 
 def pieces_of(
     rank: int, targets: Sequence[Target], space: AddressSpace, cells: dict[str, Cells]
-) -> tuple[list[Piece], Int64s, Int64s]:
-    """What one rank writes: its pieces, and the starts and stops of their runs."""
+) -> tuple[list[Piece], Int64s, Int64s, Int64s]:
+    """What one rank writes: its pieces, the starts and stops of their runs, how many each has."""
     cutter = Cutter(cells, rank)
     distinct = {id(held): held for held in cells.values()}
     held_here = {
@@ -157,4 +157,5 @@ def pieces_of(
                 lengths.append(np.full(len(runs), part.length * size, dtype=np.int64))
     empty = np.zeros(0, dtype=np.int64)
     begin = np.concatenate((empty, *starts))
-    return pieces, begin, begin + np.concatenate((empty, *lengths))
+    counts = np.array([len(runs) for runs in starts], dtype=np.int64)
+    return pieces, begin, begin + np.concatenate((empty, *lengths)), counts
