@@ -25,6 +25,7 @@ class PushSettings:
     ignore: tuple[str, ...]
     max_slot_nbytes: int | None
     coalesce_nbytes: int
+    lend_nbytes: int | None
     progress: Progress
 
 
@@ -36,6 +37,7 @@ class Open:
         ranks: The ranks that push together.
         session: The last rendezvous, while it may be used.
         last_version: The last version that a begin was sent for: it is not used again (WS-2).
+        moved: Names of tensors that were lent and then put elsewhere: from then on they are copied.
     """
 
     def __init__(self, fleet: Fleet, ranks: Ranks) -> None:
@@ -43,6 +45,7 @@ class Open:
         self.ranks = ranks
         self.session: Session | None = None
         self.last_version = 0
+        self.moved: set[str] = set()
 
     def end_session(self) -> None:
         """Release the session's memory, handles and wire."""

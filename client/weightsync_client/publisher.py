@@ -60,6 +60,11 @@ class Publisher:
         coalesce_bytes: A tensor of at most so many bytes that is cut over several ranks is gathered
             on one of them, in one exchange before the fill, and written once; 0: every rank writes
             what it has.
+        zero_copy_bytes: Weights of which at least so many bytes lie side by side, here and in an
+            engine's memory, in the engine's dtype, are written from where they are: they take no
+            slots and no copy.  0: all are copied; None: 1 MiB for weights in host memory, and
+            copies on a GPU.  What is written so stays allocated until the next rendezvous, and is
+            copied from then on if the trainer puts it elsewhere between two pushes.
         conversion: What the weights go through to be checkpoint tensors: a
             :class:`weightsync_client.conversion.ConversionSpec`, the name of one that is
             registered, None: nothing, or ``auto``: for a module what is registered for its class,
@@ -90,6 +95,7 @@ class Publisher:
         ignore: Sequence[str] = (),
         max_slot_bytes: int | None = None,
         coalesce_bytes: int = COALESCE_NBYTES,
+        zero_copy_bytes: int | None = None,
         conversion: Conversion = "auto",
         quantization: QuantizationSpec | None = None,
         verify: Verify = True,
@@ -107,6 +113,8 @@ class Publisher:
             )
         if coalesce_bytes < 0:
             raise InputError(f"coalesce_bytes is {coalesce_bytes}", hint="0 or more; 0: never")
+        if zero_copy_bytes is not None and zero_copy_bytes < 0:
+            raise InputError(f"zero_copy_bytes is {zero_copy_bytes}", hint="0 or more; 0: never")
         self._conversion = as_spec(conversion)
         deadlines = Deadlines() if deadlines is None else deadlines
         fleet = Fleet(
@@ -124,6 +132,7 @@ class Publisher:
             ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
             max_slot_nbytes=max_slot_bytes,
             coalesce_nbytes=coalesce_bytes,
+            lend_nbytes=zero_copy_bytes,
             progress=make_progress(progress if ranks.rank == 0 else "off"),
         )
         self._quantization = quantization

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from weightsync.errors import InputError, NoSessionError, StaleVersionError, WeightSyncError
 from weightsync.protocol import RankDigests
 from weightsync_client.control import Fleet
+from weightsync_client.lending import Lending
 from weightsync_client.opened import Open, PushSettings
 from weightsync_client.quantized import Findings, merge
 from weightsync_client.rendezvous import Pushed, open_session
@@ -103,6 +104,7 @@ class Push:
                     ignore=settings.ignore,
                     max_slot_nbytes=settings.max_slot_nbytes,
                     coalesce_nbytes=settings.coalesce_nbytes,
+                    lending=Lending(settings.lend_nbytes, frozenset(held.moved)),
                     undo=self._undo,
                 )
             session = held.session
@@ -165,6 +167,10 @@ class Push:
     def _hello(self) -> _Hello:
         session, declaration = self._held.session, self._pushed.declaration
         if session is None or session.declaration != declaration:
+            return _Hello("", self._wanted)
+        if moved := session.slots.moved(self._pushed.source):
+            # what is registered is not what the trainer has now (WS-9)
+            self._held.moved |= moved
             return _Hello("", self._wanted)
         return _Hello(session.id, self._wanted)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import logging
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,11 +13,11 @@ from functools import cached_property
 import torch
 
 from weightsync.codec import pack, unpack
-from weightsync.errors import ManifestError
+from weightsync.errors import ManifestError, RegistrationError
 from weightsync.geometry import Box
 from weightsync.layout import WorkerLayout
 from weightsync.manifest import Manifest, TensorSpec
-from weightsync.plan import Job
+from weightsync.plan import Job, TransportPlan
 from weightsync.protocol import (
     PROTOCOL_VERSION,
     ConnectRequest,
@@ -30,12 +31,15 @@ from weightsync_client.control import Agent, Fleet
 from weightsync_client.converted import ConvertedSource
 from weightsync_client.declaration import Declaration, Introduction, introduce, join
 from weightsync_client.gather import Gather
+from weightsync_client.lending import LEND_NOTHING, Lending, Loan
 from weightsync_client.quantization import QuantizationSpec
 from weightsync_client.quantized import QuantizedSource
 from weightsync_client.ranks import Ranks, no_undo
 from weightsync_client.session import JobSize, Offer, Session, Worker
 from weightsync_client.settings import Deadlines
 from weightsync_client.source import Conversion, Weights, WeightSource, as_source
+
+logger = logging.getLogger(__name__)
 
 
 class Pushed:
@@ -112,6 +116,7 @@ def open_session(
     ignore: Sequence[str],
     max_slot_nbytes: int | None,
     coalesce_nbytes: int = 0,
+    lending: Lending = LEND_NOTHING,
     staged_only: bool = False,
     undo: Callable[[BaseException], None] = no_undo,
 ) -> Session:
@@ -126,6 +131,7 @@ def open_session(
         ignore: Patterns of tensors that an engine may have no use for.
         max_slot_nbytes: Bound of this rank's slot memory.
         coalesce_nbytes: Tensors up to this that are cut over ranks are gathered; rank 0's counts.
+        lending: What this rank may write from where it is.
         staged_only: See :class:`Session`.
         undo: See :meth:`weightsync_client.ranks.Ranks.meet`.
 
@@ -140,7 +146,7 @@ def open_session(
 
     def plan() -> list[Offer]:
         session = _plan(
-            ranks.rank, terms, pushed, make_transport, ignore, max_slot_nbytes, staged_only
+            ranks.rank, terms, pushed, make_transport, ignore, max_slot_nbytes, lending, staged_only
         )
         opened.append(session)
         return [session.offer(agent) for agent in range(len(terms.agents))]
@@ -237,6 +243,7 @@ def _plan(
     make_transport: Callable[[], Transport],
     ignore: Sequence[str],
     max_slot_nbytes: int | None,
+    lending: Lending,
     staged_only: bool,
 ) -> Session:
     """This rank's part: every rank plans from the same terms, so all parts fit together."""
@@ -262,21 +269,37 @@ def _plan(
         raise
     if rank == 0:  # for all: it is the same job everywhere, and an error here is raised everywhere
         job.prove()
-    plan = job.plan(rank, max_slot_nbytes=max_slot_nbytes)
     device = _device(pushed.given)
-    gather = Gather(plan.shares, rank=rank, manifest=manifest, device=device)
-    return Session(
-        terms.session,
-        epochs=[answer.epoch for answer in terms.agents],
-        declaration=pushed.declaration,
-        manifest=manifest,
-        workers=[Worker(*one) for one in found],
-        plan=plan,
-        gather=gather if job.gathered else None,
-        device=device,
-        make_transport=make_transport,
-        staged_only=staged_only,
+
+    def make(plan: TransportPlan, loan: Loan) -> Session:
+        gather = Gather(plan.shares, rank=rank, manifest=manifest, device=device)
+        return Session(
+            terms.session,
+            epochs=[answer.epoch for answer in terms.agents],
+            declaration=pushed.declaration,
+            manifest=manifest,
+            workers=[Worker(*one) for one in found],
+            plan=plan,
+            gather=gather if job.gathered else None,
+            device=device,
+            loan=loan,
+            make_transport=make_transport,
+            staged_only=staged_only,
+        )
+
+    least_nbytes = lending.least_on(device)
+    source = pushed.source if least_nbytes else None
+    loan = Loan(source, manifest, device, without=lending.without)
+    plan = job.plan(
+        rank, max_slot_nbytes=max_slot_nbytes, lendable=loan.lendable, lend_nbytes=least_nbytes
     )
+    try:
+        return make(plan, loan)
+    except RegistrationError as error:
+        if not plan.lent:
+            raise
+        logger.warning("the weights are copied before they are written: %s", error)
+    return make(job.plan(rank, max_slot_nbytes=max_slot_nbytes), Loan(None, manifest, device))
 
 
 def _tell_rule(error: ManifestError, source: WeightSource) -> None:

@@ -23,6 +23,7 @@ from weightsync.transport.base import PreparedWrite, Side, Transport, WriteOp
 from weightsync.transport.slow_path import warn_if_slow
 from weightsync_client.declaration import Declaration
 from weightsync_client.gather import Gather
+from weightsync_client.lending import Loan
 from weightsync_client.slots import Slots, refuse_non_finite, torch_dtype
 from weightsync_client.source import WeightSource
 
@@ -95,6 +96,7 @@ class Session:
         plan: TransportPlan,
         gather: Gather | None,
         device: torch.device,
+        loan: Loan,
         make_transport: Callable[[], Transport],
         staged_only: bool = False,
     ) -> None:
@@ -122,12 +124,12 @@ class Session:
         ]
         self._owned = ExitStack()  # closes the newest first: writes, registration, wire, slots
         try:
-            self.slots = Slots(plan, manifest, device)
+            self.slots = Slots(plan, manifest, device, loan)
             self._owned.callback(self.slots.close)
             # what it is made near to is the current device
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 self._transport = self._owned.enter_context(make_transport())
-            self._owned.enter_context(self._transport.register([self.slots.slab.memory]))
+            self._owned.enter_context(self._transport.register(self.slots.memory))
         except BaseException:
             self._owned.close()
             raise
@@ -178,7 +180,11 @@ class Session:
             self._owned.callback(self._transport.remove_peer, peer)
             for k in rounds:
                 ops = [
-                    WriteOp(slab.addr + w.slot_offset, regions[w.region].addr + w.offset, w.nbytes)
+                    WriteOp(
+                        self.slots.address(w.slot_offset),
+                        regions[w.region].addr + w.offset,
+                        w.nbytes,
+                    )
                     for w in self._plan.rounds[k].writes[index]
                     if not self._staged_only or regions[w.region].mode == "staged"
                 ]

@@ -12,6 +12,8 @@ from weightsync.manifest import Manifest
 from weightsync.plan import TransportPlan
 from weightsync.slab import Slab
 from weightsync.slots import Fill
+from weightsync.transport.base import LocalMemory
+from weightsync_client.lending import Loan
 from weightsync_client.source import WeightSource
 
 
@@ -29,14 +31,21 @@ class _Job:
 class Slots:
     """The slab of one epoch and how it is filled; views are made once, here.
 
+    Behind the slab, by the plan's offsets, is what the trainer lends: it is written as it is.
+
     Args:
         plan: Of this rank.
         manifest: Tells the dtype that every tensor is rounded to first.
         device: Where the slab lies.
+        loan: What the plan was made with.
     """
 
-    def __init__(self, plan: TransportPlan, manifest: Manifest, device: torch.device) -> None:
+    def __init__(
+        self, plan: TransportPlan, manifest: Manifest, device: torch.device, loan: Loan
+    ) -> None:
         self.slab = Slab(plan.slot_nbytes, device)
+        loan.take(plan)
+        self._loan = loan
         self._rounds = [self._jobs(each.fills, manifest) for each in plan.rounds]
         self._aside: torch.cuda.Stream | None = None
 
@@ -105,31 +114,55 @@ class Slots:
                 self.fill(source, number)
             self._aside.synchronize()
 
+    @property
+    def memory(self) -> list[LocalMemory]:
+        """All that a transport registers."""
+        return [self.slab.memory, *self._loan.memory]
+
     def pieces(self, ranges: Iterable[tuple[int, int]]) -> list[torch.Tensor]:
-        """The slab's bytes at each (offset, nbytes)."""
-        return [self.slab.data[start : start + nbytes] for start, nbytes in ranges]
+        """The bytes at each (offset, nbytes) of the plan."""
+        return [self._piece(start, nbytes) for start, nbytes in ranges]
+
+    def address(self, slot_offset: int) -> int:
+        """Of the byte at an offset of the plan."""
+        return self._piece(slot_offset, 1).data_ptr()
+
+    def _piece(self, start: int, nbytes: int) -> torch.Tensor:
+        lent = self._loan.piece(start, nbytes)
+        return self.slab.data[start : start + nbytes] if lent is None else lent
+
+    def moved(self, source: WeightSource) -> set[str]:
+        """See :meth:`weightsync_client.lending.Loan.moved`."""
+        return self._loan.moved(source)
 
     def non_finite(
         self, source: WeightSource, number: int
     ) -> dict[tuple[str, int], dict[str, object]]:
         """What is wrong with each tensor and box of a round that has a NaN or an infinity."""
         bad: dict[tuple[str, int], dict[str, object]] = {}
-        for job in self._rounds[number]:
-            local = source.local(job.name, job.box).detach()
+        slots: dict[tuple[str, int], tuple[torch.Tensor, ...]] = {}
+        if number == 0:
+            slots.update(dict.fromkeys(self._loan.lent, ()))
+        slots |= {
+            (job.name, job.box): tuple(c[0] for c in job.copies) for job in self._rounds[number]
+        }
+        for (name, box), copies in slots.items():
+            local = source.local(name, box).detach()
             count = _count_nonfinite(local) if local.is_floating_point() else 0
             what = "values are NaN or infinite"
             if not count:
-                count = max(_count_nonfinite(c[0]) for c in job.copies)
-                what = f"values are out of the range of {dtype_names(c[0] for c in job.copies)}"
+                count = max((_count_nonfinite(slot) for slot in copies), default=0)
+                what = f"values are out of the range of {dtype_names(copies)}"
             if count:
-                bad[job.name, job.box] = {
-                    "tensor": job.name, "count": count, "numel": local.numel(), "what": what,
+                bad[name, box] = {
+                    "tensor": name, "count": count, "numel": local.numel(), "what": what,
                 }  # fmt: skip
         return bad
 
     def close(self) -> None:
         """Drop all views and free the slab.  No write may be in flight."""
         self._rounds.clear()
+        self._loan.close()
         self.slab.close()
 
 

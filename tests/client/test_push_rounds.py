@@ -221,18 +221,20 @@ def test_a_bound_that_is_too_small_says_the_least_that_works(
 ) -> None:
     with pytest.raises(InputError, match="4096 or more"):
         make_publisher(agent, max_slot_bytes=100)
-    publisher = make_publisher(agent, max_slot_bytes=PAGE)
+    publisher = make_publisher(agent, max_slot_bytes=PAGE, zero_copy_bytes=0)
     with pytest.raises(PlanError) as caught:
         publisher.push({"w": torch.zeros(3 << 20, dtype=torch.uint8)})
     least = caught.value.context["least"]
     assert str(least) in caught.value.hint
     assert agent.generating
-    report = make_publisher(agent, max_slot_bytes=least).push(
+    report = make_publisher(agent, max_slot_bytes=least, zero_copy_bytes=0).push(
         {"w": torch.ones(3 << 20, dtype=torch.uint8)}
     )
     assert report.rounds == 1024
     with pytest.raises(PlanError):
-        make_publisher(agent, max_slot_bytes=least - 1).push({"w": torch.ones(3 << 20).byte()})
+        make_publisher(agent, max_slot_bytes=least - 1, zero_copy_bytes=0).push(
+            {"w": torch.ones(3 << 20).byte()}
+        )
 
 
 @pytest.mark.gpu
