@@ -75,7 +75,7 @@ def find_targets(
     places: Places = []
     distinct: list[tuple[WorkerLayout, list[int]]] = []
     for worker, layout in enumerate(layouts):
-        here = next((place for known, place in distinct if _alike(known, layout)), None)
+        here = next((place for known, place in distinct if alike(known, layout)), None)
         if here is None:
             here = finder.add(layout)
             distinct.append((layout, here))
@@ -85,7 +85,7 @@ def find_targets(
     return finder.targets, places
 
 
-def _alike(one: WorkerLayout, other: WorkerLayout) -> bool:
+def alike(one: WorkerLayout, other: WorkerLayout) -> bool:
     """Whether two workers want the same into regions that differ in their addresses at most."""
     if one.regions is not other.regions and [_outline(r) for r in one.regions] != [
         _outline(r) for r in other.regions

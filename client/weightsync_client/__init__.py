@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from weightsync_client.conversion import ConversionSpec, Rule, register_conversion
     from weightsync_client.held import LocalShard
     from weightsync_client.operations import Concat, Rearrange, Split, Stack, Unstack
+    from weightsync_client.policy import Quorum
     from weightsync_client.publisher import Publisher
     from weightsync_client.quantization import QuantizationSpec
     from weightsync_client.report import AgentOutcome, PushReport
@@ -25,6 +26,7 @@ __all__ = [
     "Publisher",
     "PushReport",
     "QuantizationSpec",
+    "Quorum",
     "Rearrange",
     "Rule",
     "Split",
@@ -46,6 +48,7 @@ _HOMES = {
     "Publisher": "publisher",
     "PushReport": "report",
     "QuantizationSpec": "quantization",
+    "Quorum": "policy",
     "Rearrange": "operations",
     "Rule": "conversion",
     "Split": "operations",

@@ -33,6 +33,7 @@ from weightsync_client.settings import Deadlines
 from weightsync_client.tls import tls_hint
 
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 M = TypeVar("M", bound=Message)
 
 #: bytes of one answer: layouts of the largest models are far below
@@ -46,10 +47,9 @@ _CONNECTION_LOST = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError
 
 
 class Agent:
-    """One agent's calls.  ``index`` is its place in the fleet."""
+    """One agent's calls.  ``url`` is what it is known by."""
 
-    def __init__(self, index: int, url: str, http: httpx.Client, deadlines: Deadlines) -> None:
-        self.index = index
+    def __init__(self, url: str, http: httpx.Client, deadlines: Deadlines) -> None:
         self.url = url
         self._http = http
         self._deadlines = deadlines
@@ -178,10 +178,10 @@ class Agent:
 
 
 class Fleet:
-    """All agents of a publisher.  A context manager; ``close`` ends the connections.
+    """Some agents, called all at once.  A context manager; ``close`` ends the connections.
 
     Args:
-        urls: ``http(s)://host:port`` of each agent.
+        urls: ``http(s)://host:port`` of each agent; None: :meth:`use` names them.
         token: Bearer token; None: none is sent.
         verify: True, or the TLS context to check the agents' certificates with.
 
@@ -191,19 +191,16 @@ class Fleet:
 
     def __init__(
         self,
-        urls: Sequence[str],
+        urls: Sequence[str] | None,
         *,
         token: str | None,
         deadlines: Deadlines,
         verify: ssl.SSLContext | bool = True,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        checked = [_checked_url(u) for u in ([urls] if isinstance(urls, str) else urls)]
-        if not checked or len(set(checked)) != len(checked):
-            raise InputError(
-                f"agents must be one or more different addresses, got {list(urls)}",
-                hint='for example Publisher(["http://127.0.0.1:9100"])',
-            )
+        self.agents: tuple[Agent, ...] = ()
+        self._deadlines = deadlines
+        checked = () if urls is None else checked_urls(urls)
         # What it opens at its agents is its own: see weightsync.protocol.SESSION_SECRET_HEADER.
         headers = {SESSION_SECRET_HEADER: secrets.token_urlsafe(32)}
         if token:
@@ -216,11 +213,16 @@ class Fleet:
             verify=verify,
             transport=transport,
         )
-        self.agents = tuple(Agent(i, u, self._http, deadlines) for i, u in enumerate(checked))
-        self._threads: cf.ThreadPoolExecutor | None = None
+        self._threads = cf.ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="weightsync")
+        self.use(checked)
 
-    def each(self, call: Callable[[Agent], T]) -> list[T]:
-        """``call`` of every agent, all at once; the answers in the fleet's order.
+    def use(self, urls: Sequence[str]) -> None:
+        """From now on these are the agents; ``urls`` come from :func:`checked_urls`."""
+        known = {agent.url: agent for agent in self.agents}
+        self.agents = tuple(known.get(u) or Agent(u, self._http, self._deadlines) for u in urls)
+
+    def each(self, call: Callable[[Agent], T], agents: Sequence[Agent] | None = None) -> list[T]:
+        """``call`` of every agent, all at once; the answers in the order of the agents.
 
         Every call is finished when this returns or raises; only a KeyboardInterrupt leaves some
         running, each for at most its own deadline.
@@ -228,38 +230,38 @@ class Fleet:
         Raises:
             WeightSyncError: The first agent's error; those of others are notes on it.
         """
-        if len(self.agents) == 1:  # in this thread, so that Ctrl-C ends the wait at once
-            return [call(self.agents[0])]
-        if self._threads is None:
-            self._threads = cf.ThreadPoolExecutor(
-                min(len(self.agents), MAX_THREADS), thread_name_prefix="weightsync"
-            )
-        running = [self._threads.submit(call, agent) for agent in self.agents]
+        agents = self.agents if agents is None else agents
+        if len(agents) == 1:  # in this thread, so that Ctrl-C ends the wait at once
+            return [call(agents[0])]
+        running = [self.aside(call, agent) for agent in agents]
         cf.wait(running)  # each ends at its own deadline
         errors = [e for f in running if (e := f.exception()) is not None]
-        for other in errors[1:]:
-            errors[0].add_note(f"also: {type(other).__name__}: {other}")
         if errors:
-            raise errors[0]
+            raise first_of(errors)
         return [f.result() for f in running]
 
-    def each_safely(self, call: Callable[[Agent], None]) -> list[str]:
-        """Like :meth:`each`, but what fails comes back as text: for cleaning up after a failure."""
-        failures: list[str] = []
+    def attempt(
+        self, call: Callable[[Agent], T], agents: Sequence[Agent] | None = None
+    ) -> dict[str, T | WeightSyncError]:
+        """Like :meth:`each`, by URL, and an agent's error is its answer."""
 
-        def guarded(agent: Agent) -> None:
+        def guarded(agent: Agent) -> T | WeightSyncError:
             try:
-                call(agent)
+                return call(agent)
             except WeightSyncError as error:
-                failures.append(str(error))
+                return error
 
-        self.each(guarded)
-        return failures
+        agents = self.agents if agents is None else agents
+        answers = self.each(guarded, agents)
+        return {agent.url: answer for agent, answer in zip(agents, answers, strict=True)}
+
+    def aside(self, call: Callable[[Agent], T], agent: Agent) -> cf.Future[T]:
+        """``call`` of one agent while this thread goes on."""
+        return self._threads.submit(call, agent)
 
     def close(self) -> None:
         """End all connections.  Safe to call twice."""
-        if self._threads is not None:
-            self._threads.shutdown(wait=False)
+        self._threads.shutdown(wait=False)
         self._http.close()
 
     def __enter__(self) -> Fleet:
@@ -272,6 +274,28 @@ class Fleet:
         tb: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def first_of(errors: Sequence[E]) -> E:
+    """The first error; the others are notes on it."""
+    for other in errors[1:]:
+        errors[0].add_note(f"also: {type(other).__name__}: {other}")
+    return errors[0]
+
+
+def checked_urls(urls: Sequence[str]) -> tuple[str, ...]:
+    """One or more different addresses of agents, as they are known by.
+
+    Raises:
+        InputError: No agents, one twice, or what is no such address.
+    """
+    checked = tuple(_checked_url(u) for u in ([urls] if isinstance(urls, str) else urls))
+    if not checked or len(set(checked)) != len(checked):
+        raise InputError(
+            f"agents must be one or more different addresses, got {list(urls)}",
+            hint='for example Publisher(["http://127.0.0.1:9100"])',
+        )
+    return checked
 
 
 def _checked_url(url: str) -> str:

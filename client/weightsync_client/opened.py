@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from weightsync.protocol import PauseMode
 from weightsync.transport.base import Transport
 from weightsync_client.control import Fleet
+from weightsync_client.membership import Members
+from weightsync_client.policy import Policy
 from weightsync_client.progress import Progress
 from weightsync_client.ranks import Ranks
 from weightsync_client.session import Session
@@ -18,6 +20,9 @@ from weightsync_client.settings import Deadlines
 class PushSettings:
     """What is the same in every push of a publisher; :class:`Publisher` tells the meanings."""
 
+    members: Members
+    policy: Policy
+    wait_for_agents_s: float
     make_transport: Callable[[], Transport]
     check_finite: bool
     pause_mode: PauseMode
@@ -38,6 +43,7 @@ class Open:
         session: The last rendezvous, while it may be used.
         last_version: The last version that a begin was sent for: it is not used again (WS-2).
         moved: Names of tensors that were lent and then put elsewhere: from then on they are copied.
+        met: Whether there was a rendezvous: the agents need not be waited for any more.
     """
 
     def __init__(self, fleet: Fleet, ranks: Ranks) -> None:
@@ -46,6 +52,7 @@ class Open:
         self.session: Session | None = None
         self.last_version = 0
         self.moved: set[str] = set()
+        self.met = False
 
     def end_session(self) -> None:
         """Release the session's memory, handles and wire."""

@@ -19,15 +19,19 @@ from weightsync.topology import cuda_address
 from weightsync.transport.base import Transport
 from weightsync_client.control import Fleet
 from weightsync_client.gloo import make_ranks
+from weightsync_client.membership import Agents, members_of
 from weightsync_client.opened import Open, PushSettings
+from weightsync_client.policy import Policy, check_policy
 from weightsync_client.progress import Progress, ProgressKind, make_progress
-from weightsync_client.push import Push, fleet_status
+from weightsync_client.push import Push
+from weightsync_client.pushed import Pushed
 from weightsync_client.quantization import QuantizationSpec
-from weightsync_client.rendezvous import Pushed
 from weightsync_client.report import PushReport
 from weightsync_client.settings import Deadlines, token_from_env
 from weightsync_client.source import Conversion, Weights, as_spec
 from weightsync_client.tls import Cert, Verify, tls_context
+
+_DAY_S = 86_400.0
 
 
 class Publisher:
@@ -41,7 +45,15 @@ class Publisher:
     alone speaks to the agents.  Where one rank fails, all ranks raise the same error.
 
     Args:
-        agents: ``http://host:port`` of each agent.
+        agents: ``http://host:port`` of each agent; or what is looked up anew for each push:
+            ``file:PATH`` or a Path (an address a line, ``#`` comments), ``dns:HOST:PORT`` (every
+            address of the name), or a function that returns the addresses.  Rank 0's count.
+        policy: ``all``: if one agent fails, the push fails, and no engine is left with half of it;
+            ``available``: agents that fail are dropped, and the others get the version;
+            :class:`weightsync_client.policy.Quorum`: the same, if so many are left at least.  The
+            report names who was dropped; each takes part in the next push again.
+        wait_for_agents_s: At first, wait so long for agents, and for their engines, that are not
+            there yet.
         token: The agents' bearer token; default: ``WEIGHTSYNC_TOKEN``.
         transport: ``nixl``, or what makes a :class:`weightsync.transport.base.Transport` with a
             name of its own, once an epoch; the device of the slots is the current one then.
@@ -84,8 +96,10 @@ class Publisher:
 
     def __init__(
         self,
-        agents: Sequence[str],
+        agents: Agents,
         *,
+        policy: Policy = "all",
+        wait_for_agents_s: float = 0.0,
         token: str | None = None,
         transport: Literal["nixl"] | Callable[[], Transport] = "nixl",
         check_finite: bool = True,
@@ -115,16 +129,25 @@ class Publisher:
             raise InputError(f"coalesce_bytes is {coalesce_bytes}", hint="0 or more; 0: never")
         if zero_copy_bytes is not None and zero_copy_bytes < 0:
             raise InputError(f"zero_copy_bytes is {zero_copy_bytes}", hint="0 or more; 0: never")
+        if not 0 <= wait_for_agents_s <= _DAY_S:
+            raise InputError(
+                f"wait_for_agents_s is {wait_for_agents_s}", hint="seconds, 0 to a day: 86400"
+            )
+        check_policy(policy)
         self._conversion = as_spec(conversion)
         deadlines = Deadlines() if deadlines is None else deadlines
+        members = members_of(agents, timeout_s=deadlines.status_s)
         fleet = Fleet(
-            agents,
+            None,
             token=token_from_env() if token is None else token,
             deadlines=deadlines,
             verify=tls_context(verify, cert),
         )
         ranks = make_ranks(group, apart_s=deadlines.ranks_s)
         self._settings = PushSettings(
+            members=members,
+            policy=policy,
+            wait_for_agents_s=wait_for_agents_s,
             make_transport=make_nixl if transport == "nixl" else transport,
             check_finite=check_finite,
             pause_mode=pause_mode,
@@ -187,7 +210,9 @@ class Publisher:
         Raises:
             AgentUnreachableError: One does not answer.
         """
-        return fleet_status(self._held.fleet, self._settings.deadlines)
+        fleet, timeout_s = self._held.fleet, self._settings.deadlines.status_s
+        fleet.use(self._settings.members())
+        return fleet.each(lambda agent: agent.get("/status", timeout_s=timeout_s))
 
     def close(self) -> None:
         """Release memory and connections; the engines keep what they have.  Safe to call twice."""

@@ -5,12 +5,9 @@ from __future__ import annotations
 import base64
 import logging
 import uuid
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-
-import torch
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from weightsync.codec import pack, unpack
 from weightsync.errors import ManifestError, RegistrationError
@@ -27,69 +24,46 @@ from weightsync.protocol import (
     StepResponse,
 )
 from weightsync.transport.base import Transport
-from weightsync_client.control import Agent, Fleet
+from weightsync_client.control import Agent
 from weightsync_client.converted import ConvertedSource
-from weightsync_client.declaration import Declaration, Introduction, introduce, join
+from weightsync_client.declaration import Introduction, introduce, join
 from weightsync_client.gather import Gather
 from weightsync_client.lending import LEND_NOTHING, Lending, Loan
-from weightsync_client.quantization import QuantizationSpec
-from weightsync_client.quantized import QuantizedSource
+from weightsync_client.peers import Member, Worker
+from weightsync_client.policy import Roster, failures
+from weightsync_client.pushed import Pushed
 from weightsync_client.ranks import Ranks, no_undo
-from weightsync_client.session import JobSize, Offer, Session, Worker
+from weightsync_client.session import Offer, Session
 from weightsync_client.settings import Deadlines
-from weightsync_client.source import Conversion, Weights, WeightSource, as_source
+from weightsync_client.source import WeightSource
 
 logger = logging.getLogger(__name__)
 
 
-class Pushed:
-    """What ``push`` was handed, on one rank: looked at once a push.
-
-    Args:
-        model: See :meth:`weightsync_client.publisher.Publisher.push`.
-        conversion: What makes checkpoint tensors of it.
-        quantization: What of those is published as fp8.
-    """
-
-    def __init__(
-        self,
-        model: Weights,
-        conversion: Conversion = "auto",
-        quantization: QuantizationSpec | None = None,
-    ) -> None:
-        self._model = model
-        self._conversion = conversion
-        self._quantization = quantization
-
-    @cached_property
-    def given(self) -> WeightSource:
-        """Where the checkpoint's values are.  Errors are :func:`as_source`'s."""
-        return as_source(self._model, self._conversion)
-
-    @cached_property
-    def quantized(self) -> QuantizedSource | None:
-        """Where the published values come from, if some are quantised."""
-        if self._quantization is None:
-            return None
-        return QuantizedSource(self.given, self._quantization)
-
-    @property
-    def source(self) -> WeightSource:
-        """Where the published values come from."""
-        return self.given if self.quantized is None else self.quantized
-
-    @cached_property
-    def declaration(self) -> Declaration:
-        """What this rank has."""
-        return Declaration.of(self.source)
-
-
 @dataclass(frozen=True)
 class Answer:
-    """What one agent answered to ``/init_transfer``; ``workers`` are (place, metadata, layout)."""
+    """What one agent answered to ``/init_transfer``; ``workers`` are (place, metadata, layout).
 
+    ``likes`` names for each a worker of the plan; empty: the plan is yet to be made.
+    """
+
+    url: str
+    session: str
     epoch: int
     workers: list[tuple[str, bytes, str]]
+    likes: list[int] = field(default_factory=list)
+
+    def layouts(self) -> list[WorkerLayout]:
+        """Of its workers."""
+        return [unpack(layout, WorkerLayout) for *_, layout in self.workers]
+
+    def member(self, layouts: Sequence[WorkerLayout], likes: Sequence[int]) -> Member:
+        """The agent as a session has it."""
+        workers = [
+            Worker(self.url, place, metadata, layout, like)
+            for (place, metadata, _), layout, like in zip(self.workers, layouts, likes, strict=True)
+        ]
+        return Member(self.session, self.epoch, tuple(workers))
 
 
 @dataclass(frozen=True)
@@ -106,8 +80,24 @@ class _Terms:
     coalesce_nbytes: int
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """A rank's rounds, and what it could not prepare: problems by the agent's URL."""
+
+    rounds: int
+    failed: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """The most rounds of a rank, and the agents that all ranks drop."""
+
+    rounds: int
+    dropped: list[str]
+
+
 def open_session(
-    fleet: Fleet,
+    roster: Roster,
     ranks: Ranks,
     pushed: Pushed,
     *,
@@ -123,7 +113,7 @@ def open_session(
     """Make a rendezvous of all ranks with every agent; the engines go on serving.
 
     Args:
-        fleet: All agents; rank 0 alone speaks to them.
+        roster: The agents; rank 0 alone speaks to them.
         ranks: All of them call this.
         pushed: Tells what this rank has and where it lies.
         make_transport: Makes one with a name of its own.
@@ -144,36 +134,17 @@ def open_session(
     timeout_s = deadlines.rendezvous_s
     opened: list[Session] = []
 
-    def plan() -> list[Offer]:
+    def plan() -> Session:
         session = _plan(
             ranks.rank, terms, pushed, make_transport, ignore, max_slot_nbytes, lending, staged_only
         )
         opened.append(session)
-        return [session.offer(agent) for agent in range(len(terms.agents))]
-
-    def connect(offers: list[list[Offer]]) -> None:
-        def call(agent: Agent) -> None:
-            here = [
-                RankOffer(rank=rank, metadata=o.metadata, writes=o.writes)
-                for rank, o in enumerate(offered[agent.index] for offered in offers)
-            ]
-            request = ConnectRequest(
-                session=terms.session,
-                epoch=terms.agents[agent.index].epoch,
-                ranks=[o for o in here if any(o.writes)] or here[:1],
-                timeout_s=timeout_s,
-            )
-            agent.post("/connect", request, StepResponse, timeout_s=timeout_s)
-
-        fleet.each(call)
-
-    def total(sizes: list[JobSize]) -> JobSize:
-        return JobSize(sum(s.nbytes for s in sizes), max(s.rounds for s in sizes))
+        return session
 
     terms = ranks.meet(
         "declare",
         lambda: introduce(pushed.declaration, pushed.given, alone=ranks.world_size == 1),
-        lambda introduced: _init(fleet, introduced, coalesce_nbytes, timeout_s),
+        lambda introduced: _init(roster, introduced, coalesce_nbytes, timeout_s),
         kind=Introduction,
         result=_Terms,
         work_s=timeout_s,
@@ -181,42 +152,154 @@ def open_session(
         undo=undo,
     )
     try:
-        ranks.meet(
-            "connect", plan, connect, kind=list[Offer], result=None,
-            work_s=timeout_s, decide_s=timeout_s + deadlines.grace_s, undo=undo,
-        )  # fmt: skip
-        (session,) = opened
-        session.job = ranks.meet(
-            "prepare", session.prepare, total, kind=JobSize, result=JobSize, work_s=timeout_s,
-            undo=undo,
-        )  # fmt: skip
+        return _connect(plan, terms.agents, roster, ranks, deadlines=deadlines, undo=undo)
     except BaseException:
         for session in opened:
             session.close()
         raise
+
+
+def admit(
+    session: Session,
+    urls: Sequence[str],
+    roster: Roster,
+    ranks: Ranks,
+    *,
+    deadlines: Deadlines,
+    undo: Callable[[BaseException], None] = no_undo,
+) -> bool:
+    """Make a rendezvous with these agents alone; the others keep their epochs, all their slots.
+
+    Returns:
+        False: a worker wants what no worker of the plan wants, so it takes a rendezvous of all.
+
+    Raises:
+        WeightSyncError: Whatever an agent answers, or fails on a rank: none was taken in.
+    """
+    timeout_s = deadlines.rendezvous_s
+
+    def ask(_: list[None]) -> list[Answer] | None:
+        found = []
+        for answer in ask_layouts(
+            roster, session.manifest, ranks.world_size, timeout_s=timeout_s, urls=urls
+        ):
+            likes = session.like(answer.layouts())
+            if likes is None:
+                return None
+            found.append(replace(answer, likes=likes))
+        return found
+
+    def add() -> Session:
+        for answer in answers or ():
+            session.add(answer.url, answer.member(answer.layouts(), answer.likes))
+        return session
+
+    answers = ranks.meet(
+        "join", lambda: None, ask, kind=None, result=list[Answer] | None,
+        decide_s=timeout_s + deadlines.grace_s, undo=undo,
+    )  # fmt: skip
+    if answers is None:
+        return False
+    try:
+        _connect(add, answers, roster, ranks, deadlines=deadlines, undo=undo)
+    except BaseException:
+        for url in urls:
+            session.drop(url)
+        raise
+    return True
+
+
+def _connect(
+    make: Callable[[], Session],
+    answers: Sequence[Answer],
+    roster: Roster,
+    ranks: Ranks,
+    *,
+    deadlines: Deadlines,
+    undo: Callable[[BaseException], None],
+) -> Session:
+    """The second round, with the agents that answered to the first; who fails is dropped."""
+    timeout_s = deadlines.rendezvous_s
+    by_url = {answer.url: answer for answer in answers}
+    made: list[Session] = []
+
+    def offer() -> dict[str, Offer]:
+        made.append(make())
+        return {url: made[0].offer(url) for url in by_url}
+
+    def connect(offers: list[dict[str, Offer]]) -> list[str]:
+        def call(agent: Agent) -> None:
+            here = [
+                RankOffer(rank=rank, metadata=o.metadata, writes=o.writes)
+                for rank, o in enumerate(offered[agent.url] for offered in offers)
+            ]
+            request = ConnectRequest(
+                session=by_url[agent.url].session,
+                epoch=by_url[agent.url].epoch,
+                ranks=[o for o in here if any(o.writes)] or here[:1],
+                timeout_s=timeout_s,
+            )
+            agent.post("/connect", request, StepResponse, timeout_s=timeout_s)
+
+        done = roster.each("rendezvous", call, [a for a in roster.present if a.url in by_url])
+        return [url for url in by_url if url not in done]
+
+    def prepare() -> _Prepared:
+        failed = made[0].prepare([url for url in by_url if url not in lost])
+        roster.bear(failed)
+        return _Prepared(made[0].rounds, {url: e.to_problem() for url, e in failed.items()})
+
+    def total(prepared: list[_Prepared]) -> _Ready:
+        failed = failures([p.failed for p in prepared])
+        roster.drop("rendezvous", failed)
+        return _Ready(max(p.rounds for p in prepared), list(failed))
+
+    lost = ranks.meet(
+        "connect", offer, connect, kind=dict[str, Offer], result=list[str],
+        work_s=timeout_s, decide_s=timeout_s + deadlines.grace_s, undo=undo,
+    )  # fmt: skip
+    ready = ranks.meet(
+        "prepare", prepare, total, kind=_Prepared, result=_Ready, work_s=timeout_s, undo=undo
+    )
+    (session,) = made
+    session.most_rounds = ready.rounds
+    for url in (*lost, *ready.dropped):
+        session.drop(url)
     return session
 
 
 def _init(
-    fleet: Fleet, introduced: Sequence[Introduction], coalesce_nbytes: int, timeout_s: float
+    roster: Roster, introduced: Sequence[Introduction], coalesce_nbytes: int, timeout_s: float
 ) -> _Terms:
     """The first round, on rank 0: the whole manifest to every agent."""
     manifest = join(introduced)
-    session_id, answers = ask_layouts(fleet, manifest, len(introduced), timeout_s=timeout_s)
+    answers = ask_layouts(roster, manifest, len(introduced), timeout_s=timeout_s)
     boxes = []
     for one in introduced:
         held = one.declaration.holdings
         boxes.append([tuple(held.get(t.name, ())) for t in manifest])
-    return _Terms(session_id, manifest.tensors, boxes, answers, coalesce_nbytes)
+    return _Terms(answers[0].session, manifest.tensors, boxes, answers, coalesce_nbytes)
 
 
 def ask_layouts(
-    fleet: Fleet, manifest: Manifest, world_size: int, *, timeout_s: float
-) -> tuple[str, list[Answer]]:
-    """``POST /init_transfer`` to every agent, which ends whatever rendezvous is open there.
+    roster: Roster,
+    manifest: Manifest,
+    world_size: int,
+    *,
+    timeout_s: float,
+    urls: Collection[str] | None = None,
+) -> list[Answer]:
+    """``POST /init_transfer``, which ends whatever rendezvous is open there, under a new session.
+
+    Args:
+        roster: Whom to ask; those that fail are dropped.
+        manifest: Of all ranks.
+        world_size: How many they are.
+        timeout_s: For all answers.
+        urls: Ask these alone.
 
     Returns:
-        The new session, and the agents' answers in the fleet's order.
+        The agents' answers in the roster's order.
     """
     session_id = f"s-{uuid.uuid4().hex}"
     packed = pack(manifest.tensors)
@@ -231,9 +314,10 @@ def ask_layouts(
         )
         answer = agent.post("/init_transfer", request, InitTransferResponse, timeout_s=timeout_s)
         workers = [(w.place, base64.b64decode(w.metadata), w.layout) for w in answer.workers]
-        return Answer(answer.epoch, workers)
+        return Answer(agent.url, session_id, answer.epoch, workers)
 
-    return session_id, fleet.each(call)
+    asked = [a for a in roster.present if urls is None or a.url in urls]
+    return list(roster.each("rendezvous", call, asked).values())
 
 
 def _plan(
@@ -248,15 +332,12 @@ def _plan(
 ) -> Session:
     """This rank's part: every rank plans from the same terms, so all parts fit together."""
     manifest = Manifest(terms.tensors)
-    found = [
-        (agent, place, metadata, unpack(layout, WorkerLayout))
-        for agent, answer in enumerate(terms.agents)
-        for place, metadata, layout in answer.workers
-    ]
+    of_agents = [answer.layouts() for answer in terms.agents]
+    layouts = [layout for of_agent in of_agents for layout in of_agent]
     try:
         job = Job.of(
             manifest,
-            [layout for *_, layout in found],
+            layouts,
             [
                 {t.name: boxes for t, boxes in zip(manifest, held, strict=True) if boxes}
                 for held in terms.boxes
@@ -269,16 +350,15 @@ def _plan(
         raise
     if rank == 0:  # for all: it is the same job everywhere, and an error here is raised everywhere
         job.prove()
-    device = _device(pushed.given)
+    device = pushed.device
 
     def make(plan: TransportPlan, loan: Loan) -> Session:
         gather = Gather(plan.shares, rank=rank, manifest=manifest, device=device)
         return Session(
             terms.session,
-            epochs=[answer.epoch for answer in terms.agents],
             declaration=pushed.declaration,
             manifest=manifest,
-            workers=[Worker(*one) for one in found],
+            layouts=layouts,
             plan=plan,
             gather=gather if job.gathered else None,
             device=device,
@@ -294,12 +374,17 @@ def _plan(
         rank, max_slot_nbytes=max_slot_nbytes, lendable=loan.lendable, lend_nbytes=least_nbytes
     )
     try:
-        return make(plan, loan)
+        session = make(plan, loan)
     except RegistrationError as error:
         if not plan.lent:
             raise
         logger.warning("the weights are copied before they are written: %s", error)
-    return make(job.plan(rank, max_slot_nbytes=max_slot_nbytes), Loan(None, manifest, device))
+        plan = job.plan(rank, max_slot_nbytes=max_slot_nbytes)
+        session = make(plan, Loan(None, manifest, device))
+    likes = iter(range(len(layouts)))
+    for answer, of_agent in zip(terms.agents, of_agents, strict=True):
+        session.add(answer.url, answer.member(of_agent, [next(likes) for _ in of_agent]))
+    return session
 
 
 def _tell_rule(error: ManifestError, source: WeightSource) -> None:
@@ -309,13 +394,3 @@ def _tell_rule(error: ManifestError, source: WeightSource) -> None:
         error.hint += f"; {names[0]!r} is made by {source.maker(names[0])}"
     elif names:
         error.hint += "; a trainer's other names and layouts want Publisher(conversion=...)"
-
-
-def _device(source: WeightSource) -> torch.device:
-    """Where most of this rank's bytes are: its slots are filled there."""
-    nbytes: Counter[torch.device] = Counter()
-    for name, boxes in source.holdings().items():
-        for index in range(len(boxes)):
-            local = source.local(name, index)
-            nbytes[local.device] += local.nbytes
-    return nbytes.most_common(1)[0][0] if nbytes else torch.device("cpu")

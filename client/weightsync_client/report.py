@@ -17,18 +17,32 @@ PHASES = ("rendezvous", "fill", "pause", "begin", "write", "commit", "resume")
 class AgentOutcome:
     """One agent after the push.
 
-    ``seconds`` is what the agent and its slowest worker measured in commit, by part.
+    Attributes:
+        url: The agent.
+        state: Its state; ``unknown`` where it did not tell any more.
+        version: What its engine has.
+        seconds: What the agent and its slowest worker measured in commit, by part.
+        ok: It has the version and serves it.  Else it was dropped:
+        phase: in this phase,
+        code: for an error of this code (docs/protocol.md),
+        error: that reads so.
     """
 
     url: str
     state: str
     version: int
     seconds: dict[str, float] = field(default_factory=dict)
+    ok: bool = True
+    phase: str = ""
+    code: str = ""
+    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class PushReport:
-    """One push that committed everywhere.  All times are seconds of the trainer's clock.
+    """One push that committed, at as many agents as the policy wants.
+
+    All times are seconds of the trainer's clock.
 
     Attributes:
         version: The version that the engines now serve.
@@ -44,7 +58,7 @@ class PushReport:
         resume_s: Until every engine generated again.
         paused_s: Pause sent to resume answered: what a request may have waited.
         total_s: The whole call of ``push``.
-        agents: One outcome an agent.
+        agents: One outcome an agent; those that were dropped are not ``ok``.
         spans: On rank 0, what every rank, agent and worker did when; empty on other ranks.
     """
 
@@ -95,9 +109,11 @@ class PushReport:
         parts = " · ".join(
             f"{p} {human_seconds(s)}" for p in PHASES if (s := getattr(self, f"{p}_s")) > 0
         )
+        asked, served = len(self.agents), sum(agent.ok for agent in self.agents)
         return (
-            f"v{self.version}  {human_bytes(self.nbytes)} to {len(self.agents)} "
-            f"agent{'s' if len(self.agents) > 1 else ''} in {human_seconds(self.total_s)}, "
+            f"v{self.version}  {human_bytes(self.nbytes)} to "
+            f"{served if served == asked else f'{served} of {asked}'} "
+            f"agent{'s' if asked > 1 else ''} in {human_seconds(self.total_s)}, "
             f"paused {human_seconds(self.paused_s)} "
             f"{f'{self.rounds} rounds ' if self.rounds > 1 else ''}"
             f"({human_bytes(self.rate_bytes_per_s)}/s)  {parts}"

@@ -4,51 +4,29 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from weightsync.codec import pack
 from weightsync.digest import scan
-from weightsync.errors import DeadlineError, LayoutError
+from weightsync.errors import DeadlineError, WeightSyncError
 from weightsync.layout import WorkerLayout
 from weightsync.manifest import Manifest
 from weightsync.plan import TransportPlan
+from weightsync.targets import alike
 from weightsync.topology import cuda_address
-from weightsync.transport.base import PreparedWrite, Side, Transport, WriteOp
+from weightsync.transport.base import Transport
 from weightsync.transport.slow_path import warn_if_slow
 from weightsync_client.declaration import Declaration
 from weightsync_client.gather import Gather
 from weightsync_client.lending import Loan
+from weightsync_client.peers import Member, Peers, Worker
 from weightsync_client.slots import Slots, refuse_non_finite, torch_dtype
 from weightsync_client.source import WeightSource
-
-
-@dataclass(frozen=True, slots=True)
-class Worker:
-    """One worker of one agent.  ``metadata`` reaches it."""
-
-    agent: int
-    place: str
-    metadata: bytes
-    layout: WorkerLayout
-
-
-@dataclass(frozen=True, slots=True)
-class _Post:
-    """A round's write to one worker.  ``last``: this rank has none to that worker after it.
-
-    ``place``: of the worker, with the number of its agent.
-    """
-
-    agent: int
-    write: PreparedWrite
-    last: bool
-    place: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,28 +49,28 @@ class Session:
     """One rank's slots, registration, peers and prepared writes of one epoch (WS-8).
 
     Made by :func:`weightsync_client.rendezvous.open_session`.  Nothing of it is used after
-    ``close``; the next epoch has a transport of its own, whose name was never used.
+    ``close``; the next one has a transport of its own, whose name was never used.  Agents come and
+    go: one whose workers want what some worker of the plan wants is added, and one that failed is
+    dropped, with its peers and handles.
     ``staged_only``: :meth:`write` leaves live memory alone, so no push can be made of it.
 
     Attributes:
-        id: Of the session; the same at every agent and rank.
-        epochs: Each agent's epoch, in the fleet's order.
+        id: Of the session; the same at every rank.
         declaration: What this rank declared.
-        nbytes: Bytes of one push from this rank, over all workers.
-        rounds: In which they go through this rank's slots.
-        workers: All of them, agent by agent.
-        job: The same of all ranks together.
+        manifest: What all ranks declared.
+        rounds: In which the bytes go through this rank's slots.
+        most_rounds: The same of the rank with the most.
         gather: What ranks give each other before they fill; None on all ranks: nothing.
+        sent: The version whose bytes are in the slots, whole; None: none is.
     """
 
     def __init__(
         self,
         session_id: str,
         *,
-        epochs: Sequence[int],
         declaration: Declaration,
         manifest: Manifest,
-        workers: Sequence[Worker],
+        layouts: Sequence[WorkerLayout],
         plan: TransportPlan,
         gather: Gather | None,
         device: torch.device,
@@ -101,28 +79,26 @@ class Session:
         staged_only: bool = False,
     ) -> None:
         self.id = session_id
-        self.epochs = tuple(epochs)
         self.declaration = declaration
+        self.manifest = manifest
         self.gather = gather
-        self.nbytes = plan.nbytes
-        self.rounds = len(plan.rounds)
-        self.job = JobSize(self.nbytes, self.rounds)
+        self.rounds = self.most_rounds = len(plan.rounds)
+        self.sent: int | None = None
         self._plan = plan
+        self._layouts = layouts
+        self._known_sizes: dict[int, tuple[int, int]] = {}
         self._wrote_s = 0.0
-        self._posted_at: dict[str, float] = {}
-        self._staged_only = staged_only
-        self.workers = workers
-        self._posts: list[list[_Post]] = [[] for _ in plan.rounds]
+        self._digests: list[dict[tuple[int, int], bytes]] = []
         # Replicas read the same slot bytes: those are checked and digested once.
         self._ranges = [
             {
-                (w.slot_offset, w.nbytes): worker.layout.regions[w.region].dtype
-                for worker, writes in zip(workers, each.writes, strict=True)
+                (w.slot_offset, w.nbytes): layout.regions[w.region].dtype
+                for layout, writes in zip(layouts, each.writes, strict=True)
                 for w in writes
             }
             for each in plan.rounds
         ]
-        self._owned = ExitStack()  # closes the newest first: writes, registration, wire, slots
+        self._owned = ExitStack()  # closes the newest first: members, registration, wire, slots
         try:
             self.slots = Slots(plan, manifest, device, loan)
             self._owned.callback(self.slots.close)
@@ -130,76 +106,89 @@ class Session:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 self._transport = self._owned.enter_context(make_transport())
             self._owned.enter_context(self._transport.register(self.slots.memory))
+            self._peers = Peers(self._transport, self.slots, plan, staged_only=staged_only)
+            self._owned.callback(self._peers.close)
         except BaseException:
             self._owned.close()
             raise
 
-    def holds(self, statuses: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether every agent's status names this session and epoch as the open ones."""
-        return len(statuses) == len(self.epochs) and all(
-            status.get("session") == self.id and status.get("epoch") == epoch
-            for status, epoch in zip(statuses, self.epochs, strict=True)
-        )
+    @property
+    def members(self) -> Mapping[str, Member]:
+        """Those that are written to, by the agent's URL."""
+        return self._peers.members
 
-    def offer(self, agent: int) -> Offer:
+    @property
+    def in_flight(self) -> bool:
+        """A write was given up and may still land: the session must end (WS-3, WS-8)."""
+        return self._peers.in_flight
+
+    @property
+    def key(self) -> str:
+        """The same on all ranks that have the same session with the same members."""
+        members = sorted((url, m.session, m.epoch) for url, m in self.members.items())
+        return f"{self.id} {members}"
+
+    @property
+    def workers(self) -> list[Worker]:
+        """All that are written to, agent by agent."""
+        return [worker for member in self.members.values() for worker in member.workers]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one push from this rank, over all workers."""
+        return sum(self._sizes(w.like)[0] for w in self.workers)
+
+    @property
+    def job(self) -> JobSize:
+        """One push of all ranks together, who write every byte but the untouched ones (WS-7)."""
+        nbytes = sum(self._sizes(w.like)[1] for w in self.workers)
+        return JobSize(nbytes, self.most_rounds)
+
+    def _sizes(self, like: int) -> tuple[int, int]:
+        """Bytes that a worker of the plan gets from this rank, and from all."""
+        if like not in self._known_sizes:
+            regions = self._layouts[like].regions
+            untouched = sum(stop - start for r in regions for start, stop in r.untouched)
+            mine = sum(write.nbytes for write in self._plan.writes[like])
+            self._known_sizes[like] = mine, sum(r.nbytes for r in regions) - untouched
+        return self._known_sizes[like]
+
+    def like(self, layouts: Iterable[WorkerLayout]) -> list[int] | None:
+        """For each layout a worker of the plan that wants the same; None: some has none."""
+        found = [
+            next((k for k, known in enumerate(self._layouts) if alike(known, layout)), -1)
+            for layout in layouts
+        ]
+        return None if -1 in found else found
+
+    def add(self, url: str, member: Member) -> None:
+        """Take an agent in; :meth:`prepare` makes the writes to it."""
+        self._peers.add(url, member)
+
+    def drop(self, url: str) -> None:
+        """Release peers and handles of an agent: nothing is written there any more (WS-8)."""
+        self._peers.drop(url)
+
+    def prepare(self, urls: Iterable[str]) -> dict[str, WeightSyncError]:
+        """Prepare one write a worker and round of these agents, for all pushes of this epoch.
+
+        Returns:
+            What failed, by URL.  See :meth:`weightsync.transport.base.Transport.prepare`.
+        """
+        return self._peers.prepare(urls)
+
+    def offer(self, url: str) -> Offer:
         """This rank's part of ``POST /connect`` to that agent."""
         return Offer(
             metadata=base64.b64encode(self._transport.metadata()).decode("ascii"),
             writes=[
-                pack(self._plan.declared(index)) if self._plan.writes[index] else ""
-                for index, worker in enumerate(self.workers)
-                if worker.agent == agent
+                pack(self._plan.declared(worker.like)) if self._plan.writes[worker.like] else ""
+                for worker in self.members[url].workers
             ],
         )
 
-    def prepare(self) -> JobSize:
-        """Prepare one write a worker and round, for all pushes of this epoch.
-
-        Raises:
-            TransportError: See :meth:`weightsync.transport.base.Transport.prepare`.
-        """
-        slab = self.slots.slab.memory
-        for index, worker in enumerate(self.workers):
-            rounds = [k for k, each in enumerate(self._plan.rounds) if each.writes[index]]
-            if not rounds:
-                continue
-            regions = worker.layout.regions
-            sides = {
-                Side(regions[w.region].kind, regions[w.region].device_id)
-                for w in self._plan.writes[index]
-            }
-            if len(sides) > 1:  # a notification covers one prepared write (WS-2)
-                raise LayoutError(
-                    f"regions of worker {worker.place} are in several kinds of memory: {sides}",
-                    hint="stage in the memory that the kernel tensors are in",
-                    worker=worker.place,
-                )
-            (remote,) = sides
-            peer = self._transport.add_peer(worker.metadata)
-            # before the slots go: a write that was given up may still be on its way (WS-3)
-            self._owned.callback(self._transport.remove_peer, peer)
-            for k in rounds:
-                ops = [
-                    WriteOp(
-                        self.slots.address(w.slot_offset),
-                        regions[w.region].addr + w.offset,
-                        w.nbytes,
-                    )
-                    for w in self._plan.rounds[k].writes[index]
-                    if not self._staged_only or regions[w.region].mode == "staged"
-                ]
-                if not ops:
-                    continue
-                write = self._transport.prepare(
-                    peer, ops, local=Side(slab.kind, slab.device_id), remote=remote
-                )
-                self._owned.enter_context(write)
-                place = f"agent{worker.agent}/{worker.place}"
-                self._posts[k].append(_Post(worker.agent, write, k == rounds[-1], place))
-        return self.job
-
-    def fill(self, source: WeightSource, *, check_finite: bool) -> list[list[str]]:
-        """Fill the slots; the packed digests of what will be written, by agent and worker.
+    def fill(self, source: WeightSource, *, check_finite: bool) -> dict[str, list[str]]:
+        """Fill the slots; :meth:`digests` of what will be written to each agent.
 
         The engines serve meanwhile.  Every copy has ended when this returns.  Where there are
         several rounds all go through the slots, the last one first: what is left in them are the
@@ -208,6 +197,7 @@ class Session:
         Raises:
             NonFiniteError: See :func:`weightsync_client.slots.refuse_non_finite`.
         """
+        self.sent = None
         digest: list[dict[tuple[int, int], bytes]] = [{} for _ in self._ranges]
         bad: dict[tuple[str, int], dict[str, object]] = {}
         for k in reversed(range(self.rounds)):
@@ -219,29 +209,47 @@ class Session:
                 bad.update(self.slots.non_finite(source, k))
             digest[k] = dict(zip(here, found, strict=True))
         refuse_non_finite(list(bad.values()))
-        return [
-            [
-                pack(
+        self._digests = digest
+        return self.digests(self.members)
+
+    def digests(self, urls: Iterable[str]) -> dict[str, list[str]]:
+        """For each of these agents the digests of what the last fill made, packed by worker."""
+        packed: dict[int, str] = {}
+
+        def of(worker: Worker) -> str:
+            if worker.like not in packed:
+                packed[worker.like] = pack(
                     [
-                        digest[k][w.slot_offset, w.nbytes]
+                        self._digests[k][w.slot_offset, w.nbytes]
                         for k, each in enumerate(self._plan.rounds)
-                        for w in each.writes[index]
+                        for w in each.writes[worker.like]
                     ]
                 )
-                for index, worker in enumerate(self.workers)
-                if worker.agent == agent
-            ]
-            for agent in range(len(self.epochs))
-        ]
+            return packed[worker.like]
 
-    def write(self, version: int, source: WeightSource, *, timeout_s: float) -> None:
+        return {url: [of(worker) for worker in self.members[url].workers] for url in urls}
+
+    def write(
+        self,
+        version: int,
+        source: WeightSource | None,
+        *,
+        timeout_s: float,
+        agents: Collection[str] | None = None,
+        strict: bool = True,
+    ) -> dict[str, WeightSyncError]:
         """Post every worker's writes and wait until all have completed at the far end (WS-3).
 
         Args:
             version: Of the push.
             source: What :meth:`fill` was called with, unchanged: while a round is on the wire the
-                next one is filled from it.
-            timeout_s: For all rounds.
+                next one is filled from it.  None where there are no more than two.
+            timeout_s: For all rounds; once more for the others, where some let it pass.
+            agents: Whom to write to; None: every member.
+            strict: The first failure is raised.
+
+        Returns:
+            Unless ``strict``: what failed, by the agent's URL; the others have all bytes.
 
         Raises:
             TransportError, DeadlineError: See :class:`weightsync.transport.base.Transport`.  After
@@ -249,10 +257,11 @@ class Session:
         """
         started = time.monotonic()
         deadline = started + timeout_s
-        self._posted_at.clear()
+        failed: dict[str, WeightSyncError] = {}
+        whom = list(self.members if agents is None else agents)
         # Its end waits for the fill, whatever else went wrong: nobody frees slots that are filled.
         with ThreadPoolExecutor(1, "weightsync-fill") as aside:
-            for k, posts in enumerate(self._posts):
+            for k in range(self.rounds):
                 if time.monotonic() > deadline:
                     raise DeadlineError(
                         f"version {version}: {k} of {self.rounds} rounds in {timeout_s:.1f} s",
@@ -261,34 +270,21 @@ class Session:
                 # Round 1 is there; each later one takes the slots of the round that has just
                 # completed (WS-3), and is filled while this one is posted: that may block.
                 filled = None
-                if 1 <= k < self.rounds - 1:
+                if 1 <= k < self.rounds - 1 and source is not None:
                     filled = aside.submit(self.slots.refill, source, k + 1)
-                # All earlier rounds have completed, so a last write's message follows them (WS-2).
-                for post in posts:
-                    self._posted_at.setdefault(post.place, time.perf_counter())
-                    message = f"{self.epochs[post.agent]}:{version}:{self._plan.rank}"
-                    message = f"ws:{message}" if post.last else f"part:{message}:{k}"
-                    self._transport.post(post.write, message.encode())
-                left_s = max(deadline - time.monotonic(), 0.0)
-                self._transport.wait([post.write for post in posts], timeout_s=left_s)
+                to = [u for u in whom if u not in failed]
+                now_failed = self._peers.write(k, version, to, deadline, strict=strict)
+                if not failed and any(isinstance(e, DeadlineError) for e in now_failed.values()):
+                    deadline = time.monotonic() + timeout_s
+                failed |= now_failed
                 if filled is not None:
                     filled.result()
         self._wrote_s = time.monotonic() - started
+        return failed
 
     def written(self) -> list[tuple[str, float, float, int]]:
-        """Of the last write, for each worker: its place, first post, last completion, bytes.
-
-        Moments are of ``time.perf_counter``.
-        """
-        found: dict[str, tuple[float, int]] = {}
-        for post in (post for posts in self._posts for post in posts):
-            done, nbytes = found.get(post.place, (0.0, 0))
-            found[post.place] = max(done, post.write.completed_at), nbytes + post.write.nbytes
-        now = time.perf_counter()  # of a transport that does not tell when
-        return [
-            (place, self._posted_at[place], done or now, nbytes)
-            for place, (done, nbytes) in found.items()
-        ]
+        """See :meth:`weightsync_client.peers.Peers.written`."""
+        return self._peers.written()
 
     def warn_if_slow(self, ranks: int) -> None:
         """Warn if the last write of this rank, one of ``ranks``, left the fast path.
@@ -306,4 +302,5 @@ class Session:
 
     def close(self) -> None:
         """Give up what is in flight and release everything.  Safe to call twice."""
+        self.sent = None
         self._owned.close()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from dataclasses import replace
 from enum import IntEnum
 
 from weightsync.errors import DeadlineError, StaleEpochError, StateError, WeightSyncError
@@ -18,8 +21,9 @@ from weightsync.protocol import (
     ResumeRequest,
     StepResponse,
 )
-from weightsync_client.control import Agent, Fleet
+from weightsync_client.control import Agent
 from weightsync_client.heartbeat import Heartbeat
+from weightsync_client.policy import Roster
 from weightsync_client.report import AgentOutcome
 from weightsync_client.session import Session
 from weightsync_client.settings import Deadlines
@@ -48,11 +52,12 @@ class Transaction:
     """One push at every agent: pause all, begin all, (write), commit all, resume all.
 
     The calls are made in that order, each once; after an error only :meth:`abort` may follow.
+    An agent that the roster drops is told to abort while the others go on.
 
     Args:
-        fleet: All agents.
+        roster: The agents, and how many of them may fail.
         session: The epoch that this push is in.
-        digests: For each agent, every rank's digests of what it writes there.
+        digests: For each agent's URL, every rank's digests of what it writes there.
         push_id: Names the push to the agents.
         version: What the engines will serve.
         deadlines: Of each call.
@@ -62,9 +67,9 @@ class Transaction:
 
     def __init__(
         self,
-        fleet: Fleet,
+        roster: Roster,
         session: Session,
-        digests: Sequence[list[RankDigests]],
+        digests: Mapping[str, list[RankDigests]],
         *,
         push_id: str,
         version: int,
@@ -73,22 +78,25 @@ class Transaction:
         recorder: Recorder,
     ) -> None:
         self._recorder = recorder
-        self._fleet = fleet
-        self._session = session
+        self._roster = roster
+        self._members = dict(session.members)
         self._digests = digests
         self._push_id = push_id
         self._version = version
         self._deadlines = deadlines
         self._pause_mode = pause_mode
-        self.stages = [Stage.UNTOUCHED] * len(fleet.agents)
-        self._seconds: list[dict[str, float]] = [{} for _ in fleet.agents]
+        self.stages = dict.fromkeys(roster.urls, Stage.UNTOUCHED)
+        self._answers: dict[str, StepResponse] = {}
+        self._seconds: dict[str, dict[str, float]] = {}
+        self._aborts: list[Future[None]] = []
+        roster.on_drop = self._abort_aside
         self._heard_at = 0.0
         self._heartbeat = Heartbeat(self._beat, every_s=_BEAT_S)
 
     @property
     def began(self) -> bool:
         """Whether a begin was sent anywhere: the session must not be used again after a failure."""
-        return any(stage >= Stage.BEGINNING for stage in self.stages)
+        return any(stage >= Stage.BEGINNING for stage in self.stages.values())
 
     def pause(self) -> None:
         """Stop generation everywhere.
@@ -101,14 +109,14 @@ class Transaction:
             request = PauseRequest(
                 mode=self._pause_mode, timeout_s=self._deadlines.pause_s, push_id=self._push_id
             )
-            self.stages[agent.index] = Stage.PAUSING
+            self.stages[agent.url] = Stage.PAUSING
             try:
                 self._post(agent, "/pause", request, self._deadlines.pause_s)
             except StateError:  # refused: nothing changed there, nothing is to be undone
-                self.stages[agent.index] = Stage.UNTOUCHED
+                self.stages[agent.url] = Stage.UNTOUCHED
                 raise
 
-        self._fleet.each(call)
+        self._roster.each("pause", call)
 
     def begin(self) -> None:
         """Every worker checks its tensors and expects the writes.
@@ -122,17 +130,17 @@ class Transaction:
         """
 
         def call(agent: Agent) -> None:
-            self.stages[agent.index] = Stage.BEGINNING
+            self.stages[agent.url] = Stage.BEGINNING
             self._post(agent, "/begin_update", self._begin(agent), self._deadlines.begin_s)
 
         self._heard_at = time.monotonic()
-        self._fleet.each(call)
+        self._roster.each("begin", call)
         self._heartbeat.start()
 
     def _begin(self, agent: Agent) -> BeginRequest:
         return BeginRequest(
-            session=self._session.id,
-            epoch=self._session.epochs[agent.index],
+            session=self._members[agent.url].session,
+            epoch=self._members[agent.url].epoch,
             push_id=self._push_id,
             version=self._version,
             timeout_s=self._deadlines.begin_s,
@@ -144,12 +152,12 @@ class Transaction:
         def call(agent: Agent) -> None:
             agent.post("/begin_update", self._begin(agent), StepResponse, timeout_s=_BEAT_S)
 
-        self._fleet.each_safely(call)
+        self._roster.fleet.attempt(call, list(self._roster.present))
 
-    def check_held(self) -> None:
+    def check_held(self) -> dict[str, WeightSyncError]:
         """On rank 0, right before the writes.  See :func:`check_held`."""
-        check_held(
-            self._fleet, self._push_id, self._deadlines, heard_at=self._heard_at, fresh_s=_FRESH_S
+        return check_held(
+            self._roster, self._push_id, self._deadlines, heard_at=self._heard_at, fresh_s=_FRESH_S
         )
 
     def commit(self, *, timeout_s: float) -> None:
@@ -161,28 +169,40 @@ class Transaction:
 
         def call(agent: Agent) -> None:
             request = CommitRequest(
-                session=self._session.id,
-                epoch=self._session.epochs[agent.index],
+                session=self._members[agent.url].session,
+                epoch=self._members[agent.url].epoch,
                 push_id=self._push_id,
                 version=self._version,
-                ranks=self._digests[agent.index],
+                ranks=self._digests[agent.url],
                 timeout_s=timeout_s,
             )
-            self.stages[agent.index] = Stage.COMMITTING
+            self.stages[agent.url] = Stage.COMMITTING
             answer = self._post(agent, "/commit_update", request, timeout_s)
-            self.stages[agent.index] = Stage.COMMITTED
-            self._seconds[agent.index] = answer.seconds
+            self.stages[agent.url] = Stage.COMMITTED
+            self._seconds[agent.url] = answer.seconds
 
         self._heartbeat.stop()
-        self._fleet.each(call)
+        self._roster.each("commit", call)
 
-    def resume(self) -> tuple[AgentOutcome, ...]:
+    def resume(self) -> None:
         """Generate again everywhere, with the new weights."""
-        answers = self._fleet.each(self._resume)
-        return tuple(
-            AgentOutcome(agent.url, answer.state, answer.version, self._seconds[agent.index])
-            for agent, answer in zip(self._fleet.agents, answers, strict=True)
-        )
+        self._roster.each("resume", self._resume)
+
+    def outcomes(self) -> tuple[AgentOutcome, ...]:
+        """What became of each agent, once those that were dropped have been told, or tried to."""
+        wait(self._aborts)  # each ends at its own deadlines
+        return tuple(self._outcome(agent.url) for agent in self._roster.agents)
+
+    def _outcome(self, url: str) -> AgentOutcome:
+        answer = self._answers.get(url)
+        state, version = ("unknown", 0) if answer is None else (answer.state, answer.version)
+        outcome = AgentOutcome(url, state, version, self._seconds.get(url, {}))
+        if (failure := self._roster.failures.get(url)) is None:
+            return outcome
+        return replace(
+            outcome, ok=False, phase=failure.phase, code=failure.error.code,
+            error=str(failure.error),
+        )  # fmt: skip
 
     def abort(self, reason: str) -> list[str]:
         """Undo what can be undone, at every agent, each in at most its deadline.
@@ -194,23 +214,36 @@ class Transaction:
         Returns:
             What went wrong in doing so.
         """
+        self._heartbeat.stop()
+        answers = self._roster.fleet.attempt(
+            lambda agent: self._abort(agent, reason), self._roster.present
+        )
+        wait(self._aborts)
+        return [str(answer) for answer in answers.values() if isinstance(answer, WeightSyncError)]
+
+    def _abort(self, agent: Agent, reason: str) -> None:
+        stage = self.stages[agent.url]
+        if stage == Stage.COMMITTED:
+            self._resume(agent)
+        elif Stage.PAUSING <= stage <= Stage.COMMITTING:
+            request = AbortRequest(
+                session=self._members[agent.url].session,
+                push_id=self._push_id,
+                reason=reason[:4096],
+            )
+            answer = self._post(agent, "/abort_update", request, self._deadlines.abort_s)
+            if answer.state == "paused" and stage == Stage.PAUSING:
+                self._resume(agent)
+
+    def _abort_aside(self, agent: Agent) -> None:
+        """The same for an agent that was dropped, while the others go on; what fails is let be."""
+        failure = self._roster.failures[agent.url]
 
         def call(agent: Agent) -> None:
-            stage = self.stages[agent.index]
-            if stage == Stage.COMMITTED:
-                self._resume(agent)
-            elif Stage.PAUSING <= stage <= Stage.COMMITTING:
-                request = AbortRequest(
-                    session=self._session.id, push_id=self._push_id, reason=reason[:4096]
-                )
-                answer = agent.post(
-                    "/abort_update", request, StepResponse, timeout_s=self._deadlines.abort_s
-                )
-                if answer.state == "paused" and stage == Stage.PAUSING:
-                    self._resume(agent)
+            with suppress(WeightSyncError):
+                self._abort(agent, f"{failure.phase}: {describe(failure.error)}")
 
-        self._heartbeat.stop()
-        return self._fleet.each_safely(call)
+        self._aborts.append(self._roster.fleet.aside(call, agent))
 
     def fates(self) -> list[str]:
         """What became of each agent, for the error of a push that failed."""
@@ -222,19 +255,21 @@ class Transaction:
             Stage.COMMITTED: f"has version {self._version}",
             Stage.RESUMED: f"serves version {self._version}",
         }
-        return [f"{a.url}: {told[self.stages[a.index]]}" for a in self._fleet.agents]
+        return [f"{url}: {told[stage]}" for url, stage in self.stages.items()]
 
     def _post(self, agent: Agent, path: str, request: Message, timeout_s: float) -> StepResponse:
         sent_at = time.perf_counter()
-        answer = agent.post(path, request, StepResponse, timeout_s=timeout_s)
+        answer = self._answers[agent.url] = agent.post(
+            path, request, StepResponse, timeout_s=timeout_s
+        )
         self._recorder.called(agent.url, path, sent_at, answer.spans)
         return answer
 
     def _resume(self, agent: Agent) -> StepResponse:
         request = ResumeRequest(push_id=self._push_id)
         answer = self._post(agent, "/resume", request, self._deadlines.resume_s)
-        if self.stages[agent.index] == Stage.COMMITTED:
-            self.stages[agent.index] = Stage.RESUMED
+        if self.stages[agent.url] == Stage.COMMITTED:
+            self.stages[agent.url] = Stage.RESUMED
         return answer
 
 
@@ -245,8 +280,8 @@ def describe(error: BaseException) -> str:
 
 
 def check_held(
-    fleet: Fleet, push_id: str, deadlines: Deadlines, *, heard_at: float, fresh_s: float
-) -> None:
+    roster: Roster, push_id: str, deadlines: Deadlines, *, heard_at: float, fresh_s: float
+) -> dict[str, WeightSyncError]:
     """Right before the writes: if the begin was a while ago, ask the agents if it still holds.
 
     A trainer that stood still was given up meanwhile, and the engine may serve the version of
@@ -254,11 +289,14 @@ def check_held(
     peer's memory can be written without its help, nothing else does (WS-8).
 
     Args:
-        fleet: All agents.
-        push_id: Of the push that began.
+        roster: The agents that the push began at.
+        push_id: Of the push.
         deadlines: Of the looks.
         heard_at: When, by the monotonic clock, the push surely was not given up.
         fresh_s: It is not given up so soon after that.
+
+    Returns:
+        Which agents do not hold it, and why, if the policy bears that.
 
     Raises:
         StaleEpochError: An agent has given this push up; nothing was written from here.
@@ -276,11 +314,14 @@ def check_held(
                 agent=agent.url,
             )
 
+    failed: dict[str, WeightSyncError] = {}
     for _ in range(_TRIES):
         asked = time.monotonic()
         if asked - heard_at < fresh_s:
-            return
-        fleet.each(call)
+            return failed
+        answers = roster.fleet.attempt(call, [a for a in roster.present if a.url not in failed])
+        failed |= {u: a for u, a in answers.items() if isinstance(a, WeightSyncError)}
+        roster.bear(failed)
         heard_at = asked
     raise DeadlineError(
         f"{_TRIES} looks at the agents, one after another, took over {fresh_s:g} s each",

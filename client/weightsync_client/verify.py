@@ -10,8 +10,10 @@ from weightsync.protocol import Difference, RankDigests, VerifyRequest, VerifyRe
 from weightsync.transport.base import Transport
 from weightsync_client.control import Agent, Fleet
 from weightsync_client.gloo import make_ranks
-from weightsync_client.rendezvous import Pushed, open_session
-from weightsync_client.session import Worker
+from weightsync_client.peers import Worker
+from weightsync_client.policy import Roster
+from weightsync_client.pushed import Pushed
+from weightsync_client.rendezvous import open_session
 from weightsync_client.settings import Deadlines
 from weightsync_client.source import Weights
 
@@ -81,7 +83,7 @@ def verify(
     ranks = make_ranks(None, apart_s=deadlines.ranks_s)
     pushed = Pushed(weights)
     session = open_session(
-        fleet,
+        Roster(fleet),
         ranks,
         pushed,
         make_transport=make_transport,
@@ -98,15 +100,15 @@ def verify(
         commit_s = deadlines.for_bytes(deadlines.commit_s, session.nbytes)
 
         def ask(agent: Agent) -> Verdict:
+            member = session.members[agent.url]
             request = VerifyRequest(
-                session=session.id,
-                epoch=session.epochs[agent.index],
-                ranks=[RankDigests(rank=0, digests=digests[agent.index])],
+                session=member.session,
+                epoch=member.epoch,
+                ranks=[RankDigests(rank=0, digests=digests[agent.url])],
                 timeout_s=commit_s,
             )
             answer = agent.post("/verify", request, VerifyResponse, timeout_s=commit_s)
-            here = [w for w in session.workers if w.agent == agent.index]
-            differs = tuple(_named(d, here) for d in answer.differs)
+            differs = tuple(_named(d, member.workers) for d in answer.differs)
             return Verdict(agent.url, answer.version, answer.kernel_tensors, differs)
 
         return fleet.each(ask)

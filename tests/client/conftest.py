@@ -11,16 +11,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from reference import Agent
+from jobs import Job
+from reference import QUICK, Agent
 
 from weightsync.transport.inmemory import Fabric, InMemoryTransport
-from weightsync_client import Deadlines, Publisher
-
-#: short enough for a test, long enough for two busy cores
-QUICK = Deadlines(
-    connect_s=2, status_s=5, rendezvous_s=10, pause_s=5, begin_s=5, write_s=5, commit_s=10,
-    resume_s=5, abort_s=5, grace_s=0.5,
-)  # fmt: skip
+from weightsync_client import Publisher
 
 
 @pytest.fixture
@@ -70,3 +65,23 @@ def make_publisher(fabric: Fabric) -> Iterator[Callable[..., Publisher]]:
 def model() -> torch.nn.Module:
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.LayerNorm(32)).to(torch.bfloat16)
+
+
+@pytest.fixture
+def make_job(fabric: Fabric, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Job]]:
+    made: list[Job] = []
+
+    def make(*agents: Agent, ranks: int, **options: Any) -> Job:
+        made.append(Job(fabric, monkeypatch, list(agents), ranks, **options))
+        return made[-1]
+
+    yield make
+    for job in made:
+        for publisher in job.publishers:
+            publisher.close()
+
+
+@pytest.fixture
+def weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {"a": torch.randn(7, 5), "b": torch.randn(2, 3).bfloat16(), "c": torch.randn(12)}

@@ -41,6 +41,13 @@ from weightsync.state_events import (
 )
 from weightsync.transport.base import LocalMemory, Transport
 from weightsync.transport.inmemory import Fabric, InMemoryTransport
+from weightsync_client import Deadlines
+
+#: short enough for a test, long enough for two busy cores
+QUICK = Deadlines(
+    connect_s=2, status_s=5, rendezvous_s=10, pause_s=5, begin_s=5, write_s=5, commit_s=10,
+    resume_s=5, abort_s=5, grace_s=0.5,
+)  # fmt: skip
 
 
 @dataclass

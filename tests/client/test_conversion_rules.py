@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from fake_world import mesh_of, shard
+from jobs import same_report, sharded
 from reference import plain_regions
 from safetensors.torch import load_file
 from test_conversion import assert_same, config_of, values
 from test_held import Job
 from test_push import arrived
-from test_push_ranks import make_job, same_report, sharded  # noqa: F401 - a fixture
 from torch import nn
 from torch.distributed.tensor import Shard
 
@@ -322,14 +322,14 @@ def test_a_wrong_conversion_is_refused_before_anything_is_asked_of_an_engine(
 ROTARY = Rule("wq", "q", Rearrange("(h pair two) i -> (h two pair) i", {"h": 2, "two": 2}))
 
 
-def test_ranks_push_their_shards_through_a_conversion(agent, make_job) -> None:  # noqa: F811
+def test_ranks_push_their_shards_through_a_conversion(agent, make_job) -> None:
     spec = replace(TITAN, rules=[*TITAN.rules, ROTARY])
     whole = titan(1) | {"wq": torch.randn(12, 4)}
     same_report(make_job(agent, ranks=3, conversion=spec).push(sharded(whole, 3)))
     assert arrived(agent, values(as_source(whole, spec)))
 
 
-def test_replicas_that_differ_are_told_by_the_trainers_name(agent, make_job) -> None:  # noqa: F811
+def test_replicas_that_differ_are_told_by_the_trainers_name(agent, make_job) -> None:
     """Also where what is whole at the trainer is many boxes of the checkpoint tensor."""
     spec = ConversionSpec("rotary", [ROTARY, Rule("seed", None)])
     ranks = [{"wq": torch.full((12, 4), r), "seed": torch.tensor(r)} for r in range(2)]

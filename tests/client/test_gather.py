@@ -9,17 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import rows, same_error, same_report, sharded
 from reference import Agent, Region
 from test_push import arrived
-from test_push_ranks import make_job, rows, same_error, same_report, sharded
 from thread_ranks import ThreadRanks
 
 from weightsync.errors import InputError, RankFailedError
 from weightsync.quantize import quantize
 from weightsync.transport.nixl import NixlTransport
 from weightsync_client import QuantizationSpec, StateDictSource
-
-__all__ = ["make_job"]
 
 RANKS = 4
 DTYPES = [

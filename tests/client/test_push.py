@@ -271,8 +271,11 @@ def test_report_adds_up(agent: Agent, make_publisher: Make, model: nn.Module) ->
     assert report.rate_bytes_per_s == pytest.approx(report.nbytes / report.write_s)
     told = report.to_dict()
     assert told["agents"] == (
-        {"url": agent.url, "state": "ready", "version": 1, "seconds": {"verify": 0.5}},
-    )
+        {
+            "url": agent.url, "state": "ready", "version": 1, "seconds": {"verify": 0.5},
+            "ok": True, "phase": "", "code": "", "error": "",
+        },
+    )  # fmt: skip
     assert told["rate_bytes_per_s"] == report.rate_bytes_per_s
     assert "v1" in str(report)
 

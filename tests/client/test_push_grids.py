@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import scenarios
 from grids import GridSource, grid_agent, has_loaded
+from jobs import same_report
 from pool import Pool
 from reference import Agent
-from test_push_ranks import make_job, same_report
 
 from tests.support.families import CONFIGS
 from tests.support.grids import model_of
@@ -21,8 +21,6 @@ from weightsync.errors import InputError
 from weightsync.families.grids import inference_grid, trainer_grid
 from weightsync.slab import ALIGN_NBYTES
 from weightsync.transport.base import Transport
-
-__all__ = ["make_job"]
 
 TRAINERS = {
     2: ["fsdp=2", "tp=2", "hsdp=2", "pp=2", "fsdp=2,ep=2"],

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from conftest import QUICK
+from jobs import rows, same_error, same_report, sharded
 from reference import Agent, HangUpError, Region
 from test_push import arrived
 from test_push_failures import refuse
-from thread_ranks import ThreadRanks, Wire, on_all
 
 from weightsync import plan as planning
 from weightsync.errors import (
@@ -36,105 +34,6 @@ from weightsync.errors import (
 from weightsync.geometry import Box
 from weightsync.transport.base import Transport
 from weightsync.transport.inmemory import Fabric, InMemoryTransport
-from weightsync_client import LocalShard, Publisher
-from weightsync_client.report import PushReport
-
-Tensors = Mapping[str, torch.Tensor | LocalShard]
-
-
-class Job:
-    """The ranks of a training job, one publisher each."""
-
-    def __init__(
-        self,
-        fabric: Fabric,
-        monkeypatch: pytest.MonkeyPatch,
-        agents: list[Agent],
-        world_size: int,
-        *,
-        transports: dict[int, Callable[[], Transport]] | None = None,
-        apart_s: float = 10.0,
-        **options: Any,
-    ) -> None:
-        wire = Wire(world_size)
-        self.publishers = []
-        for rank in range(world_size):
-            ranks = ThreadRanks(wire, rank, apart_s=apart_s)
-            monkeypatch.setattr(
-                "weightsync_client.publisher.make_ranks", lambda *_, r=ranks, **__: r
-            )
-            make = partial(InMemoryTransport, fabric, f"trainer{rank}")
-            self.publishers.append(
-                Publisher(
-                    [a.url for a in agents],
-                    transport=(transports or {}).get(rank, make),
-                    progress="off",
-                    deadlines=QUICK,
-                    **options,
-                )
-            )
-
-    def push(self, tensors: list[Any], versions: list[int | None] | None = None) -> list[Any]:
-        """Every rank pushes its own; the reports or errors."""
-        versions = [None] * len(tensors) if versions is None else versions
-        return on_all(
-            [
-                partial(p.push, t, v)
-                for p, t, v in zip(self.publishers, tensors, versions, strict=True)
-            ]
-        )
-
-
-@pytest.fixture
-def make_job(fabric: Fabric, monkeypatch: pytest.MonkeyPatch):
-    made: list[Job] = []
-
-    def make(*agents: Agent, ranks: int, **options: Any) -> Job:
-        made.append(Job(fabric, monkeypatch, list(agents), ranks, **options))
-        return made[-1]
-
-    yield make
-    for job in made:
-        for publisher in job.publishers:
-            publisher.close()
-
-
-def rows(whole: torch.Tensor, ranks: int) -> list[LocalShard]:
-    """Cut by rows as torch.chunk does; the last ones may be empty."""
-    parts = list(whole.chunk(ranks))
-    parts += [whole[:0]] * (ranks - len(parts))
-    out, at = [], 0
-    for part in parts:
-        out.append(LocalShard(part, tuple(whole.shape), (at, *[0] * (whole.ndim - 1))))
-        at += len(part)
-    return out
-
-
-def sharded(tensors: Mapping[str, torch.Tensor], ranks: int) -> list[dict[str, LocalShard]]:
-    cut = {name: rows(t, ranks) for name, t in tensors.items()}
-    return [{name: parts[r] for name, parts in cut.items()} for r in range(ranks)]
-
-
-@pytest.fixture
-def weights() -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    return {"a": torch.randn(7, 5), "b": torch.randn(2, 3).bfloat16(), "c": torch.randn(12)}
-
-
-def same_report(results: list[Any]) -> PushReport:
-    assert all(isinstance(r, PushReport) for r in results), results
-    assert all(r == results[0] for r in results)
-    return results[0]
-
-
-def same_error(results: list[Any], kind: type[WeightSyncError], rank: int) -> WeightSyncError:
-    assert [type(r) for r in results] == [kind] * len(results), results
-    assert {r.context["rank"] for r in results} == {rank}
-    assert {str(r) for r in results} == {str(results[0])}
-    assert f"rank {rank}" in str(results[0])
-    assert {r.context["phase"] for r in results} == {results[0].context["phase"]}
-    assert {r.__notes__[-1] for r in results} == {results[0].__notes__[-1]}
-    return results[0]
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])
@@ -443,7 +342,7 @@ def test_a_rank_that_stood_still_before_its_writes_asks_and_writes_nothing_late(
 
     agent.before["/status"] = given_up
     agent.before["/pause"] = lambda: time.sleep(0.2)
-    monkeypatch.setattr("weightsync_client.push._FOLLOWER_FRESH_S", 0.1)
+    monkeypatch.setattr("weightsync_client.transfer._FOLLOWER_FRESH_S", 0.1)
     error = same_error(make_job(agent, ranks=2).push(sharded(weights, 2)), StaleEpochError, 1)
     assert "has given push" in str(error)
     assert not any(agent.workers[0].buffers["c"][-24:].tolist()), "rank 1 wrote nothing"

@@ -94,10 +94,10 @@ def test_what_does_not_fit_goes_through_two_halves_and_all_of_it_lands(
     publisher = publisher_of(fused, max_slot_bytes=2 * PAGE)
     prepare = Session.prepare
 
-    def prepare_and_delay(session: Session) -> Any:
+    def prepare_and_delay(session: Session, urls: list[str]) -> Any:
         for worker in fused.workers:
             fabric.inject(worker.transport.name, Faults(delay_s=delay_s))
-        return prepare(session)
+        return prepare(session, urls)
 
     monkeypatch.setattr(Session, "prepare", prepare_and_delay)
     for version in (1, 2):

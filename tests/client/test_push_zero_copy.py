@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import rows, same_report
 from reference import Agent, Region
 from test_push import arrived
-from test_push_ranks import make_job, rows, same_report  # noqa: F401 - the fixture is used
 from torch import nn
 
 from weightsync.errors import InputError, NonFiniteError, RegistrationError
@@ -211,7 +211,7 @@ def test_what_is_lent_takes_no_round(agent: Agent, make_publisher: Make) -> None
 
 def test_ranks_lend_their_shards_to_several_engines(
     make_agent: Callable[..., Agent],
-    make_job: Any,  # noqa: F811
+    make_job: Any,
 ) -> None:
     agents = [make_agent(n_workers=2), make_agent()]
     whole = {"a": torch.randn(64, 64), "tiny": torch.randn(6), "b": torch.randn(33, 8)}

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import rows, same_error, same_report
 from reference import Agent
 from test_push import Make, arrived
-from test_push_ranks import make_job, rows, same_error, same_report
 from torch import nn
 
 from weightsync.errors import InputError, ManifestError, NonFiniteError, RankFailedError
@@ -22,8 +22,6 @@ from weightsync.transport.inmemory import Fabric, InMemoryTransport
 from weightsync_client import ModuleSource, QuantizationSpec, StateDictSource
 from weightsync_client.quantized import QuantizedSource
 from weightsync_client.slots import ALIGN_NBYTES
-
-__all__ = ["make_job"]
 
 GUIDE = Path(__file__).parents[2] / "docs" / "trainers.md"
 CONFIG = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from jobs import Job
 from reference import Agent
-from test_push_ranks import Job
 
 from tests.support.traces import read_trace, seconds
 from weightsync.errors import InputError

@@ -173,20 +173,16 @@ def explain_command(
     """
     with errors_told("explain", as_json=as_json):
         from weightsync.checkpoint import Checkpoint
-        from weightsync.codec import unpack
-        from weightsync.layout import WorkerLayout
+        from weightsync_client.policy import Roster
         from weightsync_client.rendezvous import ask_layouts
 
         deadlines = Deadlines()
         with new_fleet(agents, token_file, deadlines) as fleet:
             folder = _engines_folder(fleet, deadlines) if checkpoint is None else checkpoint
             manifest = Checkpoint(folder).manifest()
-            _, answers = ask_layouts(fleet, manifest, 1, timeout_s=deadlines.rendezvous_s)
-            workers = [
-                (agent.url, unpack(layout, WorkerLayout))
-                for agent, answer in zip(fleet.agents, answers, strict=True)
-                for _, _, layout in answer.workers
-            ]
+            asked = Roster(fleet)
+            answers = ask_layouts(asked, manifest, 1, timeout_s=deadlines.rendezvous_s)
+            workers = [(a.url, layout) for a in answers for layout in a.layouts()]
         found = explain(tensor, manifest, workers)
         if as_json:
             print_json(found.to_dict())

@@ -1,0 +1,128 @@
+"""What all ranks try together: phases, meetings, and the way back from a failure."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from weightsync.errors import WeightSyncError
+from weightsync_client.opened import Open, PushSettings
+from weightsync_client.policy import Roster
+from weightsync_client.report import PHASES
+from weightsync_client.trace import Recorder
+from weightsync_client.transaction import Transaction, describe
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Attempt:
+    """One try at something, on one rank.  What speaks to agents runs on rank 0 alone.
+
+    Args:
+        held: Taken over from the last one, and left to the next one.
+        settings: The publisher's.
+
+    Attributes:
+        version: What the engines get; 0 until it is known.
+        push_id: What agents and logs call it.
+        roster: The agents, from the first meeting on.
+        transaction: On rank 0, from the first pause on.
+        wrote_nothing: No rank has begun to write.
+        recorder: What this rank did when.
+    """
+
+    def __init__(self, held: Open, settings: PushSettings) -> None:
+        self.held = held
+        self.settings = settings
+        self.version = 0
+        self.push_id = f"p-{uuid.uuid4().hex}"
+        self.roster: Roster
+        self.transaction: Transaction | None = None
+        self.wrote_nothing = True
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.paused_at = 0.0
+        self.recorder = Recorder()
+        self.started = self.recorder.zero
+        self._phase = ""
+        self._phase_started = 0.0
+        self._undone = False
+
+    def meet(
+        self,
+        phase: str,
+        work: Callable[[], T],
+        decide: Callable[[list[T]], R],
+        *,
+        kind: Any,
+        result: Any,
+        work_s: float = 0.0,
+        decide_s: float,
+    ) -> R:
+        """See :meth:`weightsync_client.ranks.Ranks.meet`."""
+        # rank 0 may have to abort before it answers
+        decide_s += self.settings.deadlines.abort_s + self.settings.deadlines.grace_s
+        return self.held.ranks.meet(
+            phase, work, decide, kind=kind, result=result, work_s=work_s, decide_s=decide_s,
+            undo=self.undo,
+        )  # fmt: skip
+
+    def enter(self, phase: str) -> None:
+        """End the phase that runs, and start the next."""
+        progress, now = self.settings.progress, time.perf_counter()
+        if self._phase in self.seconds:
+            seconds = self.seconds[self._phase] = now - self._phase_started
+            session = self.held.session
+            nbytes = 0 if session is None else session.job.nbytes
+            self.recorder.add("phases", self._phase, self._phase_started, now)
+            progress.ended(self._phase, self.version, self.push_id, seconds, nbytes)
+        if phase == "pause":
+            self.paused_at = now
+        self._phase, self._phase_started = phase, now
+        if phase:
+            progress.started(phase, self.version)
+
+    def undo(self, error: BaseException) -> None:
+        """On rank 0: abort at every agent, and tell the error what became of all."""
+        self._undone = True
+        elapsed_s = time.perf_counter() - self.started
+        transaction = self.transaction
+        fates = [] if transaction is None else transaction.fates()
+        if transaction is not None:
+            for failure in transaction.abort(f"{self._phase}: {describe(error)}"):
+                error.add_note(f"the abort failed too: {failure}")
+        if isinstance(error, WeightSyncError):
+            error.context.update(
+                phase=self._phase,
+                version=self.version,
+                push_id=self.push_id,
+                elapsed_s=elapsed_s,
+                agents=fates,
+            )
+        what_now = (
+            f"{'; '.join(fates)}. A torn engine serves nothing until a whole push follows: "
+            "remove the cause and call push again"
+            if transaction is not None and transaction.began
+            else "nothing was written, every engine has the weights that it had"
+        )
+        error.add_note(
+            f"push {self.push_id} of version {self.version} failed in phase {self._phase} "
+            f"after {elapsed_s:.3f} s; {what_now}"
+        )
+
+    def leave(self, error: BaseException) -> None:
+        """On every rank, whatever failed and wherever: drop what may be in flight."""
+        try:
+            if self.held.ranks.rank == 0 and not self._undone:
+                self.undo(error)
+        finally:
+            began = self.transaction is not None and self.transaction.began
+            if began or not self.wrote_nothing:
+                # Writes may be in flight: nothing of this epoch is used again (WS-3, WS-8).
+                try:
+                    self.held.end_session()
+                except WeightSyncError as also:
+                    error.add_note(f"closing the session failed too: {also}")
+            self.settings.progress.failed(self._phase, self.version, self.push_id, error)

@@ -1,0 +1,177 @@
+"""From filled slots to engines that serve them: pause, begin, write, commit, resume."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from weightsync.errors import NoSessionError
+from weightsync.protocol import RankDigests
+from weightsync_client.attempt import Attempt
+from weightsync_client.policy import failures
+from weightsync_client.report import PushReport
+from weightsync_client.session import Session
+from weightsync_client.source import WeightSource
+from weightsync_client.trace import Mark
+from weightsync_client.transaction import Transaction, check_held
+
+#: a push is not given up by its agents, nor by rank 0, so soon after the slots were filled
+_FOLLOWER_FRESH_S = 20.0
+
+#: digests of what a rank writes, by the agent's URL
+Digests = dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class _Wrote:
+    """What a rank could not write, as problems by the agent's URL, and its part of the trace."""
+
+    failed: dict[str, dict[str, Any]]
+    marks: list[Mark]
+
+
+class Transfer:
+    """What the slots hold goes to the agents of an attempt's roster; one on each rank.
+
+    Args:
+        attempt: Whose version it is.
+        session: The agents are in it.
+    """
+
+    def __init__(self, attempt: Attempt, session: Session) -> None:
+        self._attempt = attempt
+        self._session = session
+        self._deadlines = attempt.settings.deadlines
+        self._filled_at = 0.0
+        self._marks: list[list[Mark]] = []
+
+    def run(
+        self,
+        fill: Callable[[], Digests],
+        *,
+        source: Callable[[], WeightSource | None],
+        fill_s: float,
+    ) -> PushReport:
+        """Fill, pause, begin, write, commit, resume; all ranks call this.
+
+        Args:
+            fill: Makes the slots whole, and tells their digests.
+            source: What later rounds are filled from, once ``fill`` is done.
+            fill_s: That ``fill`` may take.
+        """
+        attempt, session, deadlines = self._attempt, self._session, self._deadlines
+
+        def work() -> Digests:
+            digests = fill()
+            self._filled_at = time.monotonic()
+            return digests
+
+        lost = attempt.meet(
+            "fill", work, self._pause_and_begin, kind=Digests, result=list[str], work_s=fill_s,
+            decide_s=deadlines.pause_s + deadlines.begin_s + 2 * deadlines.grace_s,
+        )  # fmt: skip
+        self._drop(lost)
+        if attempt.held.ranks.rank:
+            attempt.recorder.anchor = time.perf_counter()
+        attempt.held.last_version = attempt.version
+        # From here on another rank may have written, whatever becomes of this one.
+        attempt.wrote_nothing = False
+        write_s = deadlines.for_bytes(deadlines.write_s, session.nbytes)
+        commit_s = deadlines.for_bytes(deadlines.commit_s, session.job.nbytes)
+        report = attempt.meet(
+            "write",
+            lambda: self._write(source(), write_s),
+            lambda parts: self._commit_and_resume(parts, commit_s),
+            kind=_Wrote, result=PushReport,
+            work_s=write_s if attempt.roster.strict else 2 * write_s,
+            decide_s=commit_s + 2 * deadlines.resume_s + 3 * deadlines.grace_s,
+        )  # fmt: skip
+        self._drop([agent.url for agent in report.agents if not agent.ok])
+        session.sent = attempt.version
+        if session.in_flight:  # it may still land: nothing of this epoch is used again (WS-8)
+            attempt.held.end_session()
+        if attempt.held.ranks.rank == 0:
+            report = replace(report, spans=attempt.recorder.timeline(self._marks))
+        return report
+
+    def _drop(self, urls: list[str]) -> None:
+        self._attempt.roster.forget(urls)
+        for url in urls:
+            self._session.drop(url)
+
+    def _pause_and_begin(self, parts: list[Digests]) -> list[str]:
+        attempt, roster = self._attempt, self._attempt.roster
+        before = roster.urls
+        attempt.transaction = transaction = Transaction(
+            roster,
+            self._session,
+            {
+                url: [RankDigests(rank=r, digests=part[url]) for r, part in enumerate(parts)]
+                for url in before
+            },
+            push_id=attempt.push_id,
+            version=attempt.version,
+            deadlines=self._deadlines,
+            pause_mode=attempt.settings.pause_mode,
+            recorder=attempt.recorder,
+        )
+        attempt.enter("pause")
+        transaction.pause()
+        attempt.held.last_version = attempt.version
+        attempt.enter("begin")
+        transaction.begin()
+        attempt.enter("write")
+        attempt.recorder.anchor = time.perf_counter()
+        return [url for url in before if url not in roster.urls]
+
+    def _write(self, source: WeightSource | None, timeout_s: float) -> _Wrote:
+        """Write to everybody; what failed, if the policy bears that."""
+        attempt, roster = self._attempt, self._attempt.roster
+        if attempt.transaction is not None:
+            failed = attempt.transaction.check_held()
+        else:  # not rank 0, and the word to write may have lain here while this rank stood still
+            failed = check_held(
+                roster,
+                attempt.push_id,
+                self._deadlines,
+                heard_at=self._filled_at,
+                fresh_s=_FOLLOWER_FRESH_S,
+            )
+        with attempt.recorder.during("write"):
+            failed |= self._session.write(
+                attempt.version,
+                source,
+                timeout_s=timeout_s,
+                agents=[url for url in roster.urls if url not in failed],
+                strict=roster.strict,
+            )
+        attempt.recorder.writes(self._session.written())
+        marks = attempt.recorder.told() if attempt.held.ranks.rank else []
+        return _Wrote({url: error.to_problem() for url, error in failed.items()}, marks)
+
+    def _commit_and_resume(self, parts: list[_Wrote], commit_s: float) -> PushReport:
+        attempt, session, transaction = self._attempt, self._session, self._attempt.transaction
+        if transaction is None:
+            raise NoSessionError("no push was begun", hint="push again")
+        self._marks = [part.marks for part in parts]
+        attempt.roster.drop("write", failures([part.failed for part in parts]))
+        nbytes = session.job.nbytes
+        attempt.enter("commit")
+        transaction.commit(timeout_s=commit_s)
+        attempt.enter("resume")
+        transaction.resume()
+        attempt.enter("")
+        paused_s = time.perf_counter() - attempt.paused_at
+        return PushReport(
+            version=attempt.version,
+            push_id=attempt.push_id,
+            nbytes=nbytes,
+            rounds=session.job.rounds,
+            paused_s=paused_s,
+            spans=(),
+            agents=transaction.outcomes(),
+            total_s=time.perf_counter() - attempt.started,
+            **{f"{phase}_s": seconds for phase, seconds in attempt.seconds.items()},
+        )
