@@ -20,6 +20,8 @@ Packed = str
 Name = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 Id = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:-]+$")]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+_MAX_RANKS = 1 << 20
+Rank = Annotated[int, Field(ge=0, lt=_MAX_RANKS)]
 Version = Annotated[int, Field(ge=0, lt=1 << 62)]
 PauseMode = Literal["keep", "wait", "abort"]
 
@@ -38,7 +40,7 @@ class TensorModel(Message):
 
     name: Name
     dtype: str
-    shape: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=16)]
+    shape: Annotated[list[Annotated[int, Field(ge=0, lt=1 << 62)]], Field(max_length=16)]
     alias_of: str = ""
 
 
@@ -81,7 +83,7 @@ class InitTransferRequest(Message):
     protocol_version: int
     session: Id
     manifest: ManifestModel | Packed
-    world_size: Annotated[int, Field(ge=1)] = 1
+    world_size: Annotated[int, Field(ge=1, le=_MAX_RANKS)] = 1
     timeout_s: Seconds = 300.0
 
 
@@ -114,7 +116,7 @@ class RankOffer(Message):
     An empty string: it writes nothing there.
     """
 
-    rank: Annotated[int, Field(ge=0)]
+    rank: Rank
     metadata: str
     writes: list[Packed]
 
@@ -141,7 +143,7 @@ class BeginRequest(Message):
 class RankDigests(Message):
     """``digests[w]``: packed ``list[bytes]``, 16 bytes for each of ``RankOffer.writes[w]``."""
 
-    rank: Annotated[int, Field(ge=0)]
+    rank: Rank
     digests: list[Packed]
 
 

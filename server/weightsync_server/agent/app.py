@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Header, Query, Request, Response
-from fastapi.openapi.utils import get_openapi
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ValidationError
 
@@ -42,6 +41,7 @@ from weightsync_server.agent.engine_client import EngineClient
 from weightsync_server.agent.engines import Engines
 from weightsync_server.agent.events import EventHub
 from weightsync_server.agent.metrics import Metrics
+from weightsync_server.agent.openapi import RESPONSES, describing
 from weightsync_server.agent.replies import Replies
 from weightsync_server.agent.service import Service
 from weightsync_server.agent.session_guard import SessionGuard
@@ -176,6 +176,7 @@ class Agent:
             version=weightsync.__version__,
             description="Carries new weights into the engine beside it, whole or not at all.",
             lifespan=lifespan,
+            responses=RESPONSES,
         )
         app.add_middleware(
             Gate,
@@ -287,19 +288,7 @@ class Agent:
 
         post(REPLY_PATH, WorkerReply, Health, reply)
 
-        def openapi() -> dict[str, Any]:
-            if app.openapi_schema is None:
-                made = get_openapi(
-                    title=app.title,
-                    version=app.version,
-                    description=app.description,
-                    routes=app.routes,
-                )
-                made["components"]["schemas"] |= schemas
-                app.openapi_schema = made
-            return app.openapi_schema
-
-        app.openapi = openapi  # type: ignore[method-assign]
+        app.openapi = describing(app, schemas)  # type: ignore[method-assign]
 
 
 async def parsed(kind: type[M], raw: bytes) -> M:

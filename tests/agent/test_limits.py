@@ -1,0 +1,106 @@
+"""Every body has a bound, on each way in, and what is over it is refused before it costs much."""
+
+from __future__ import annotations
+
+import base64
+import zlib
+
+import httpx
+import pytest
+
+from weightsync.codec import pack, unpack
+from weightsync.errors import AgentUnreachableError, BodyTooLargeError
+from weightsync.protocol import PROTOCOL_VERSION
+from weightsync_client import control
+from weightsync_client.settings import Deadlines
+from weightsync_server import middleware
+from weightsync_server.secret import HEADER
+
+LIMIT = 100_000
+UNPACKED = 1_000_000
+BOMB = pack("x" * (4 * UNPACKED))
+
+
+@pytest.fixture
+async def small(make_agent, engine):
+    return await make_agent(engine.url, max_body_nbytes=LIMIT, max_unpacked_nbytes=UNPACKED)
+
+
+async def endless():
+    for _ in range(4):
+        yield b" " * 65_536
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/attach", "/pause", "/resume", "/init_transfer", "/connect", "/begin_update",
+     "/commit_update", "/abort_update", "/verify", "/internal/reply"],
+)  # fmt: skip
+async def test_no_call_takes_a_body_over_the_limit_told_or_untold(small, fakes, path):
+    headers = {HEADER: fakes.SECRET} if path == "/internal/reply" else {}
+    for content in (b" " * (LIMIT + 1), endless()):
+        answer = await small.http.post(path, content=content, headers=headers)
+        assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
+    assert (await small.status())["state"] == "ready"
+
+
+async def test_no_packed_record_inflates_beyond_its_limit(small, trainer):
+    assert len(BOMB) < LIMIT
+    t = trainer(small)
+    await small.refused(
+        "/init_transfer", 413, "body_too_large",
+        protocol_version=PROTOCOL_VERSION, session="s", manifest=BOMB,
+    )  # fmt: skip
+    await t.init()
+    at = {"session": t.session, "epoch": t.epoch}
+    ranks = [{"rank": 0, "metadata": "bWV0YQ==", "writes": [BOMB]}]
+    await small.refused("/connect", 413, "body_too_large", **at, ranks=ranks)
+    await t.connect()
+    await t.pause()
+    digests = [{"rank": 0, "digests": [BOMB]}]
+    await small.refused("/verify", 413, "body_too_large", **at, ranks=digests)
+    await t.begin(1)
+    await small.refused("/commit_update", 413, "body_too_large", **t.step, version=1, ranks=digests)
+    assert (await t.commit(1))["version"] == 1  # the push itself took no harm
+
+
+def test_a_record_that_inflates_a_thousandfold_is_stopped_at_its_limit():
+    bomb = base64.b64encode(zlib.compress(b"\0" * 200_000_000, 9)).decode()
+    with pytest.raises(BodyTooLargeError):
+        unpack(bomb, str, max_nbytes=UNPACKED)
+
+
+async def test_the_engines_server_takes_no_body_over_its_limit(engine, fakes, monkeypatch):
+    monkeypatch.setattr(middleware, "MAX_BODY_NBYTES", LIMIT)
+    async with httpx.AsyncClient(base_url=engine.url, trust_env=False) as http:
+        for path in ("/weightsync/rpc", "/weightsync/pause"):
+            answer = await http.post(path, content=endless(), headers={HEADER: fakes.SECRET})
+            assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
+
+
+def test_a_trainer_takes_no_answer_over_its_limit(monkeypatch):
+    monkeypatch.setattr(control, "MAX_ANSWER_NBYTES", LIMIT)
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, content=b" " * (LIMIT + 1)))
+    with (
+        control.Fleet(["http://a:1"], token=None, deadlines=Deadlines(), transport=transport) as f,
+        pytest.raises(AgentUnreachableError, match=f"over {LIMIT} bytes"),
+    ):
+        f.agents[0].get("/status", timeout_s=5)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"session": "s" * 129}, {"session": "a b"}, {"world_size": 0}, {"world_size": 2**70},
+     {"timeout_s": 1e9}, {"timeout_s": -1}, {"session": ["s"]}, {"manifest": {"tensors": 7}},
+     {"manifest": {"tensors": [{"name": "n" * 1025, "dtype": "bfloat16", "shape": []}]}},
+     {"manifest": {"tensors": [{"name": "n", "dtype": "bfloat16", "shape": [1] * 17}]}},
+     {"manifest": {"tensors": [{"name": "n", "dtype": "bfloat16", "shape": [-1]}]}},
+     {"manifest": {"tensors": [{"name": "n", "dtype": "bfloat16", "shape": [2**62]}]}}],
+)  # fmt: skip
+async def test_fields_are_bounded(agent, trainer, wrong):
+    body = {
+        "protocol_version": PROTOCOL_VERSION,
+        "session": "s",
+        "manifest": trainer(agent).manifest(),
+    }
+    await agent.refused("/init_transfer", 422, "invalid_input", **body | wrong)
