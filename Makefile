@@ -6,7 +6,7 @@ ARGS ?=
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo plan-scale bench bench-gpu test test-slow test-vllm test-gpu test-integrations pytest lint format wheel constraints clean
+.PHONY: help venv demo plan-scale bench bench-gpu test test-slow test-vllm test-gpu test-integrations test-chaos soak pytest lint format wheel constraints clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,12 @@ test-integrations: venv ## the tests of docs/integrations.md, with TRL, verl, Ra
 
 test-slow: venv ## the tests that are too slow for CI, vLLM's among them (many minutes)
 	$(PYTEST) -m slow $(ARGS)
+
+test-chaos: venv ## the fault suite: real processes killed, stopped, cut off (many minutes)
+	$(PYTEST) -m chaos $(ARGS)
+
+soak: venv ## hundreds of pushes with random faults; prints what grew (ARGS="--pushes 500 --seed 1")
+	PYTHONPATH=.:server:client $(BIN)/python -m tests.chaos.soak $(ARGS)
 
 test-gpu: ## the tests that need CUDA GPUs, with the python that is there (PYTHON=python3)
 	PYTHONPATH=.:server:client:$$PYTHONPATH $(or $(PYTHON),python3) -m pytest -m gpu $(ARGS)

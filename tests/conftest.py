@@ -1,8 +1,9 @@
 """The one place that decides which tests run on this machine.
 
-``gpu`` and ``nixl`` tests are skipped where the hardware or the library is missing. ``vllm`` and
-``slow`` tests take minutes, ``integrations`` tests need packages that .venv has not: they run only
-when ``-m`` names their marker (``make test-vllm``, ``make test-slow``, ``make test-integrations``).
+``gpu`` and ``nixl`` tests are skipped where the hardware or the library is missing. ``vllm``,
+``slow`` and ``chaos`` tests take minutes, ``integrations`` tests need packages that .venv has not:
+they run only when ``-m`` names their marker (``make test-vllm``, ``make test-slow``, ``make
+test-chaos``, ``make test-integrations``).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ settings.load_profile("weightsync")
 ONLY_WHEN_NAMED = {
     "slow": "make test-slow",
     "vllm": "make test-vllm",
+    "chaos": "make test-chaos",
     "integrations": "make test-integrations",
 }
 

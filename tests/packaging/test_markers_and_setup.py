@@ -26,7 +26,7 @@ conftest = load(ROOT / "tests" / "conftest.py")
 list_requirements = load(ROOT / "scripts" / "list_requirements.py")
 
 
-@pytest.mark.parametrize("marker", ["slow", "vllm", "integrations"])
+@pytest.mark.parametrize("marker", ["slow", "vllm", "chaos", "integrations"])
 @pytest.mark.parametrize("expression", ["", "nixl", "not gpu"])
 def test_minutes_long_tests_are_skipped_unless_named(marker, expression):
     assert "make test-" in conftest.reason_to_skip({marker}, expression)

@@ -61,17 +61,31 @@ def wait_until(true: Callable[[], object], what: str, timeout_s: float = 20.0) -
 class Daemon:
     """A server of the stack: its port stays the same when it is started again."""
 
-    def __init__(self, module: str, options: Sequence[str], log: Path, *, alive: str) -> None:
+    def __init__(
+        self,
+        module: str,
+        options: Sequence[str],
+        log: Path,
+        *,
+        alive: str,
+        host: str = "127.0.0.1",
+        prefix: Sequence[str] = (),
+    ) -> None:
         self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://{host}:{self.port}"
         self.log = log
-        self._command = [sys.executable, "-m", module, "--port", str(self.port), *options]
+        self._command = [*prefix, sys.executable, "-m", module, "--port", str(self.port), *options]
         self._alive = alive
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def runs(self) -> bool:
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
 
     def start(self) -> None:
         with self.log.open("ab") as out:
@@ -277,14 +291,7 @@ class Stack:
     def weights(self, seed: int | None = None) -> Weights:
         """New values for every tensor of the model's checkpoint; no seed: never drawn before."""
         self._seed += seed is None
-        generator = torch.Generator().manual_seed(self._seed if seed is None else seed)
-        tensors = load_file(self.checkpoint / "model.safetensors")
-        for tensor in tensors.values():
-            if tensor.ndim > 1:
-                tensor.normal_(0.0, 0.08, generator=generator)
-            else:
-                tensor.uniform_(0.5, 1.5, generator=generator)
-        return tensors
+        return drawn_weights(self.checkpoint, self._seed if seed is None else seed)
 
     def push(self, weights: Mapping[str, torch.Tensor] | None = None) -> PushReport:
         """Push from this process; new weights by default."""
@@ -366,6 +373,18 @@ class Stack:
         if self.state != "ready":
             self.push()
         self.wait_for_state("ready")
+
+
+def drawn_weights(checkpoint: Path, seed: int) -> Weights:
+    """Random values for every tensor of a checkpoint."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = load_file(checkpoint / "model.safetensors")
+    for tensor in tensors.values():
+        if tensor.ndim > 1:
+            tensor.normal_(0.0, 0.08, generator=generator)
+        else:
+            tensor.uniform_(0.5, 1.5, generator=generator)
+    return tensors
 
 
 def new_agent(engine_url: str, log: Path, token_file: Path, *options: str) -> Daemon:

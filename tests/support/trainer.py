@@ -1,5 +1,7 @@
 """A trainer process that pushes once and stops at a phase, to be killed there or let go on.
 
+The phase ``mid-write`` is in the middle of the writes, which then go in several rounds.
+
 It prints a JSON object a line: ``{"held": PHASE}`` when it stops, and it goes on when a line comes
 in; at the end ``{"done": VERSION}`` or what went wrong.
 """
@@ -32,10 +34,20 @@ class Trainer:
 
     def go_on(self) -> dict[str, Any]:
         """Let it go on; how it ended."""
+        self.let_go()
+        return self.read()
+
+    def let_go(self) -> None:
+        """Let it go on, without waiting for its end."""
         assert self._process.stdin is not None
         self._process.stdin.write("go on\n")
         self._process.stdin.flush()
-        return self.read()
+
+    def freeze(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         self._process.kill()
@@ -77,19 +89,36 @@ def _main(agent: str, token: str, weights: str, phase: str) -> None:
     from weightsync.errors import WeightSyncError
     from weightsync_client import Publisher
     from weightsync_client.progress import LogProgress
+    from weightsync_client.slots import Slots
+    from weightsync_client.source import WeightSource
 
     def tell(**what: Any) -> None:
         print(json.dumps(what), flush=True)
 
+    def reached(now: str) -> None:
+        if now == phase:
+            tell(held=now)
+            sys.stdin.readline()
+
     class Hold(LogProgress):
         def started(self, now: str, version: int) -> None:
-            if now == phase:
-                tell(held=now)
-                sys.stdin.readline()
+            reached(now)
 
-    with Publisher([agent], token=token, progress=Hold()) as publisher:
+    given = load_file(weights)
+    bound = None
+    if phase == "mid-write":
+        bound = sum(t.nbytes for t in given.values()) // 4
+        refill = Slots.refill
+
+        def held_refill(slots: Slots, source: WeightSource, number: int) -> None:
+            reached("mid-write" if number == 3 else "")
+            refill(slots, source, number)
+
+        Slots.refill = held_refill  # type: ignore[method-assign]
+
+    with Publisher([agent], token=token, progress=Hold(), max_slot_bytes=bound) as publisher:
         try:
-            report = publisher.push(load_file(weights))
+            report = publisher.push(given)
         except WeightSyncError as error:
             tell(error=type(error).__name__, message=str(error), phase=error.context["phase"])
         else:

@@ -1,0 +1,51 @@
+"""A trainer on another host: it pushes what it is told to, and stops at a phase if it should.
+
+It reads a JSON object a line, ``{"weights": FILE, "hold": PHASE}``, and prints one: ``{"held":
+PHASE}`` (it goes on when a line comes in), ``{"done": VERSION}`` or ``{"error": NAME, ...}``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from safetensors.torch import load_file
+
+from tests.support.stack import QUICK
+from weightsync.errors import WeightSyncError
+from weightsync_client import Publisher
+from weightsync_client.progress import LogProgress
+
+
+class _Hold(LogProgress):
+    phase = ""
+
+    def started(self, phase: str, version: int) -> None:
+        if phase == self.phase:
+            _tell(held=phase)
+            sys.stdin.readline()
+
+
+def _tell(**what: Any) -> None:
+    print(json.dumps(what), flush=True)
+
+
+def main() -> None:
+    token, *agents = sys.argv[1:]
+    hold = _Hold()
+    with Publisher(agents, token=token, deadlines=QUICK, progress=hold) as publisher:
+        _tell(ready=True)
+        for line in sys.stdin:
+            order = json.loads(line)
+            hold.phase = order.get("hold", "")
+            try:
+                report = publisher.push(load_file(order["weights"]))
+            except WeightSyncError as error:
+                _tell(error=type(error).__name__, message=str(error))
+            else:
+                _tell(done=report.version)
+
+
+if __name__ == "__main__":
+    main()
