@@ -45,8 +45,7 @@ class Job:
                     [a.url for a in agents],
                     transport=(transports or {}).get(rank, make),
                     progress="off",
-                    deadlines=QUICK,
-                    **options,
+                    **{"deadlines": QUICK, **options},
                 )
             )
 

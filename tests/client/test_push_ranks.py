@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from jobs import rows, same_error, same_report, sharded
-from reference import Agent, HangUpError, Region
+from reference import QUICK, Agent, HangUpError, Region
 from test_push import arrived
 from test_push_failures import refuse
 
@@ -316,8 +316,10 @@ def test_a_rank_that_stops_in_mid_push_ends_it_for_the_others_and_the_engine(
         def wait(self, writes: object, *, timeout_s: float) -> None:
             go_on.wait(20)
 
-    job = make_job(agent, ranks=3, apart_s=0.5, transports={1: lambda: Stuck(fabric, "trainer1")})
-    job.publishers[0]._settings.deadlines.__dict__["write_s"] = 0.5
+    job = make_job(
+        agent, ranks=3, apart_s=0.5, transports={1: lambda: Stuck(fabric, "trainer1")},
+        deadlines=QUICK.model_copy(update={"write_s": 0.5}),
+    )  # fmt: skip
     results: list[Any] = []
     waiter = threading.Thread(target=lambda: results.extend(job.push(sharded(weights, 3))))
     waiter.start()

@@ -18,10 +18,10 @@ from torch import nn
 from weightsync.errors import InputError, ManifestError, NonFiniteError, RankFailedError
 from weightsync.manifest import TensorSpec
 from weightsync.quantize import quantize
+from weightsync.slab import ALIGN_NBYTES
 from weightsync.transport.inmemory import Fabric, InMemoryTransport
 from weightsync_client import ModuleSource, QuantizationSpec, StateDictSource
 from weightsync_client.quantized import QuantizedSource
-from weightsync_client.slots import ALIGN_NBYTES
 
 GUIDE = Path(__file__).parents[2] / "docs" / "trainers.md"
 CONFIG = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
