@@ -12,7 +12,9 @@ WeightSyncError                     the root; never raised itself
 ├── StateError                      legal call, wrong moment; nothing changed
 │   ├── EngineDetachedError         the agent has no engine
 │   ├── EnginePausedError           the engine was paused by hand
+│   ├── EngineSyncingError          the engine waits for its first whole push
 │   ├── EngineTornError             the engine holds weights that are not whole
+│   ├── JournalError                the agent cannot write its journal
 │   ├── PushInProgressError         another push holds the engine
 │   ├── NoSessionError              push without a rendezvous
 │   ├── StaleEpochError             the session's epoch is over: make a new rendezvous
@@ -152,10 +154,24 @@ class EnginePausedError(StateError):
     code = "engine_paused"
 
 
+class EngineSyncingError(StateError):
+    """The engine serves what it was started with, and is to wait for its first whole push."""
+
+    code = "engine_syncing"
+    status = 503
+
+
 class EngineTornError(StateError):
     """The engine holds weights that are not whole."""
 
     code = "engine_torn"
+
+
+class JournalError(StateError):
+    """The agent cannot write its journal, so it takes no push."""
+
+    code = "journal_failed"
+    status = 503
 
 
 class PushInProgressError(StateError):

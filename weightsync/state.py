@@ -157,22 +157,22 @@ def _begin(state: AgentState, ask: BeginAsked) -> Step:
             f"push {ask.push_id} has not paused the engine",
             hint="POST /pause with this push_id first",
         )
-    # Only a torn engine may be given its interrupted version again; the new epoch keeps the
-    # notifications of the two apart (WS-2).
-    torn = state.phase == "torn" and state.target is not None
-    lowest = state.target if torn and state.target is not None else state.version + 1
-    if ask.version < lowest:
+    if ask.version < state.lowest:
+        had = f", and {state.committed} was pushed here" if state.committed > state.version else ""
         raise StaleVersionError(
-            f"version {ask.version} is too old: the engine holds {state.version}",
-            hint=f"push version {lowest} or later",
+            f"version {ask.version} is too old: the engine holds {state.version}{had}",
+            hint=f"push version {state.lowest} or later; where versions really begin anew, start "
+            "the agent with a new --journal",
             current=state.version,
-            lowest=lowest,
+            lowest=state.lowest,
         )
     return Step(replace(state, phase="receiving", target=ask.version), (Effect.BEGIN,))
 
 
 def _commit(state: AgentState, ask: CommitAsked) -> Step:
     _refuse_detached(state)
+    if (state.committed_by, state.version) == (ask.push_id, ask.version) and state.target is None:
+        return Step(state)  # done before an agent that remembers no answer was there
     _refuse_other_push(state, ask.push_id)
     if state.phase == "torn":
         raise EngineTornError(

@@ -47,7 +47,7 @@ def outcome(state: AgentState, event: Outcome) -> Step:
         case Connected(epoch) if epoch == state.epoch and state.session is not None:
             return Step(replace(state, connected=True))
         case Committed(version, over) if state.phase == "receiving" and version == state.target:
-            whole = replace(state, phase="paused", version=version, target=None)
+            whole = _committed(replace(state, phase="paused", version=version, target=None))
             # what one worker has ended, the others end too (WS-8)
             return Step(without_session(whole), (Effect.CLOSE,)) if over else Step(whole)
         case PushFailed(reachable) if state.phase == "receiving":
@@ -76,6 +76,10 @@ def _attached(state: AgentState, event: Attached) -> Step:
         version=min(event.versions),
         may_run=event.paused,
     )
+    if event.same and event.versions == {state.target} and not event.dirty:
+        known = _committed(known)  # all of it, and only the agent did not hear of it any more
+    elif known.version > state.committed:
+        known = replace(known, committed=known.version, committed_by=None)
     if not going_on:
         known = without_session(known)
     if event.dirty or len(event.versions) != 1:
@@ -89,3 +93,7 @@ def _attached(state: AgentState, event: Attached) -> Step:
         owner = state.owner if event.same and state.phase != "torn" else None
         return Step(replace(known, phase="paused", target=None, owner=owner))
     return Step(replace(known, phase="ready", target=None, owner=None))
+
+
+def _committed(state: AgentState) -> AgentState:
+    return replace(state, committed=state.version, committed_by=state.owner)

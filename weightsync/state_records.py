@@ -37,6 +37,8 @@ class AgentState:
         epoch: The last epoch that was given out; it only grows.
         connected: Whether the session has finished round 2.
         may_run: Paused: a resume may be on its way to the engine; only another pause makes sure.
+        committed: The highest version that a push ever committed here; the engine may have lost it.
+        committed_by: That push, where it is known.
     """
 
     phase: Phase = "detached"
@@ -47,6 +49,21 @@ class AgentState:
     epoch: int = 0
     connected: bool = False
     may_run: bool = False
+    committed: int = 0
+    committed_by: str | None = None
+
+    @property
+    def lowest(self) -> int:
+        """The lowest version that a push may bring.
+
+        Versions only grow.  An engine that serves its checkpoint (0) may be given again what it
+        had, and a torn one the version that was interrupted: the new epoch keeps the
+        notifications of the two apart (WS-2).
+        """
+        lowest = self.version + 1
+        if self.phase == "torn" and self.target is not None:
+            lowest = self.target
+        return max(lowest, self.committed + (self.version > 0))
 
 
 class Step(NamedTuple):

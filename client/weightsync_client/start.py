@@ -161,7 +161,9 @@ def choose_version(
     versions = [int(s.get("version") or 0) for s in statuses]
     # a torn engine may tell which version was interrupted
     targets = [int(s.get("target") or 0) for s in statuses]
-    lowest = max(*versions, *targets, last_version) + 1
+    # one that was started anew may have had later versions before
+    committed = [int(s.get("committed") or 0) for s in statuses]
+    lowest = max(*versions, *targets, *committed, last_version) + 1
     if wanted is None:
         return lowest
     if wanted <= max(versions):

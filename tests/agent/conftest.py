@@ -185,10 +185,11 @@ async def engine(make_engine):
 
 
 @pytest_asyncio.fixture
-async def make_agent():
+async def make_agent(tmp_path):
     made = []
 
     async def make(engine_url: str, *, wait: str | None = "ready", token=None, **options):
+        options = {"journal": tmp_path / f"{len(made)}.journal"} | options
         settings = AgentSettings(
             engine_url=engine_url,
             port=0,

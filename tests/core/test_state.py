@@ -33,15 +33,16 @@ from weightsync.state_events import (
     SessionOpened,
 )
 
-LINKED = AgentState("ready", version=3, session="s", epoch=2, connected=True)
+LINKED = AgentState("ready", version=3, session="s", epoch=2, connected=True, committed=3)
 DETACHED = replace(LINKED, phase="detached")
 READY = LINKED
 BY_HAND = replace(LINKED, phase="paused")
 OURS = replace(LINKED, phase="paused", owner="p")
 UNSURE = replace(OURS, may_run=True)
 RECEIVING = replace(OURS, phase="receiving", target=4)
-TORN = AgentState("torn", version=3, target=4, epoch=2)
-REPAIR = AgentState("torn", version=3, target=4, epoch=3, session="s", connected=True, owner="p")
+TORN = AgentState("torn", version=3, target=4, epoch=2, committed=3)
+REPAIR = replace(TORN, epoch=3, session="s", connected=True, owner="p")
+DONE = replace(OURS, version=4, committed=4, committed_by="p")
 
 PAUSE, PAUSE_HAND = PauseAsked("p"), PauseAsked(None)
 RESUME, RESUME_HAND = ResumeAsked("p"), ResumeAsked(None)
@@ -103,6 +104,10 @@ ABORT, INIT, CONNECT, ATTACH = AbortAsked("p"), InitAsked("n"), ConnectAsked("s"
         (RECEIVING, replace(BEGIN, push_id="q"), e.PushInProgressError),
         (RECEIVING, COMMIT, (Effect.COMMIT,)),
         (RECEIVING, replace(COMMIT, version=5), e.StateError),
+        (DONE, COMMIT, ()),
+        (DONE, replace(COMMIT, version=5), e.StateError),
+        (DONE, replace(COMMIT, push_id="q"), e.PushInProgressError),
+        (replace(DONE, phase="ready", owner=None), COMMIT, ()),
         (RECEIVING, replace(COMMIT, push_id="q"), e.PushInProgressError),
         (RECEIVING, ABORT, (Effect.ABORT,)),
         (RECEIVING, AbortAsked("q"), e.PushInProgressError),
@@ -169,12 +174,12 @@ def test_sessions_and_versions_are_checked(state, ask, error):
         (UNSURE, Resumed(), READY, ()),
         (UNSURE, Paused("p"), OURS, ()),
         (TORN, Resumed(), TORN, ()),
-        (RECEIVING, Committed(4), replace(OURS, version=4), ()),
+        (RECEIVING, Committed(4), DONE, ()),
         (RECEIVING, Committed(5), RECEIVING, ()),
         (
             RECEIVING,
             Committed(4, epoch_over=True),
-            replace(OURS, version=4, session=None, connected=False),
+            replace(DONE, session=None, connected=False),
             (Effect.CLOSE,),
         ),
         (RECEIVING, PushFailed(reachable=True), RECEIVING, (Effect.ABORT,)),
@@ -250,6 +255,36 @@ def test_a_push_that_the_engine_outlived_without_a_scratch_does_not_go_on():
     lost = step(RECEIVING, EngineLost()).state
     state, _ = step(lost, attached(paused=True))
     assert (state.phase, state.owner, state.session) == ("paused", "p", None)
+
+
+def test_a_commit_that_only_a_dead_agent_heard_of_is_found_whole():
+    lost = step(RECEIVING, EngineLost()).state
+    state, effects = step(lost, attached((4,), paused=True))
+    assert (state.phase, state.version, state.owner, effects) == ("paused", 4, "p", ())
+    assert (state.committed, state.committed_by) == (4, "p")
+    assert step(state, COMMIT) == (state, ())
+
+
+@pytest.mark.parametrize(
+    ("state", "lowest"),
+    [
+        (AgentState("ready"), 1),
+        (READY, 4),
+        (TORN, 4),
+        (replace(TORN, target=7), 7),
+        (replace(READY, version=0, committed=7), 7),  # started again: it is given what it had
+        (replace(READY, version=3, committed=7), 8),
+        (replace(TORN, version=0, target=2, committed=7), 7),
+    ],
+)
+def test_versions_grow_across_restarts(state, lowest):
+    assert state.lowest == lowest
+    ready = replace(state, session="s", epoch=2, connected=True, owner="p")
+    ready = replace(ready, phase="torn" if state.phase == "torn" else "paused")
+    assert step(ready, replace(BEGIN, version=lowest)).effects == (Effect.BEGIN,)
+    with pytest.raises(e.StaleVersionError) as refused:
+        step(ready, replace(BEGIN, version=lowest - 1))
+    assert refused.value.context["lowest"] == lowest
 
 
 class OneEngine(RuleBasedStateMachine):
@@ -351,7 +386,7 @@ class OneEngine(RuleBasedStateMachine):
     @rule(push_id=pushes, session=sessions, back=st.integers(0, 1), ahead=steps, works=works)
     def begin(self, push_id, session, back, ahead, works):
         self.answers = works
-        version = max(0, max(self.versions) + ahead)
+        version = max(0, self.state.lowest - 1 + ahead)
         self.tell(BeginAsked(session, self.state.epoch - back, push_id, version))
 
     @rule(push_id=pushes, works=works)
@@ -365,7 +400,7 @@ class OneEngine(RuleBasedStateMachine):
         """Random calls alone seldom get this far."""
         self.answers = []
         self.tell(InitAsked(session))
-        epoch, version = self.state.epoch, max(self.versions) + 1
+        epoch, version = self.state.epoch, self.state.lowest
         self.tell(ConnectAsked(session, epoch))
         self.tell(PauseAsked(push_id))
         self.tell(BeginAsked(session, epoch, push_id, version))
@@ -379,13 +414,14 @@ class OneEngine(RuleBasedStateMachine):
         self.answers = works
         self.tell(AbortAsked(push_id))
 
-    @rule(event=st.sampled_from(["engine restarts", "agent restarts"]))
+    @rule(event=st.sampled_from(["engine restarts", "agent restarts", "agent keeps a journal"]))
     def restart(self, event):
         if event == "engine restarts":
             self.paused, self.dirty, self.versions = False, [False, False], [0, 0]
             self.worker_epoch, self.known = 0, False
         if event == "agent restarts":
             self.state, self.known = AgentState(), False
+        # else the journal tells the new agent what the old one knew
         self.answers = []
         self.tell(EngineLost())
         self.tell(AttachAsked())

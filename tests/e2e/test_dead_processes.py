@@ -14,7 +14,6 @@ from tests.support.trainer import Trainer, trainer_held_at
 from weightsync.errors import (
     AgentUnreachableError,
     EngineDetachedError,
-    EnginePausedError,
     StateError,
     TransportError,
     WeightSyncError,
@@ -216,17 +215,34 @@ def test_an_agent_restarted_in_mid_push_refuses_the_commit_of_a_push_it_does_not
     stack.assert_a_whole_push_works()
 
 
-def test_an_agent_killed_before_begin_finds_a_paused_engine_that_waits_for_a_person(
+def test_an_agent_killed_before_begin_knows_the_dead_push_when_it_is_back_and_ends_its_pause(
     stack: Stack,
 ) -> None:
     held = stack.held()
     error = stack.failing_push(AgentUnreachableError, at="begin", do=stack.agent.kill)
     assert error.context["phase"] == "begin"
     stack.agent.start()
-    # it cannot know who paused the engine, so it does not resume it
     stack.wait_for_state("paused")
-    refused = stack.failing_push(EnginePausedError)
-    assert "POST /resume" in refused.hint
-    assert stack.post("/resume").json()["state"] == "ready"
+    assert stack.status()["pause_owner"] == error.context["push_id"]
+    stack.wait_for_state("ready", timeout_s=IDLE_S + 10)
     stack.assert_serves(held)
+    stack.assert_a_whole_push_works()
+
+
+def test_an_agent_killed_after_commit_gives_its_answer_again(stack: Stack) -> None:
+    seen: list[dict[str, object]] = []
+
+    def kill() -> None:
+        seen.append(stack.status()["last_push"])
+        stack.agent.kill()
+        stack.agent.start()
+        stack.wait_for_state("paused")
+
+    weights = stack.weights()
+    stack.progress.hooks["resume"] = kill
+    report = stack.push(weights)  # the new agent resumes what the old one had paused
+    assert seen[0]["push_id"] == report.push_id
+    status = stack.status()
+    assert (status["committed"], status["committed_by"]) == (report.version, report.push_id)
+    stack.assert_holds(weights, report.version)
     stack.assert_a_whole_push_works()

@@ -391,6 +391,7 @@ def new_agent(engine_url: str, log: Path, token_file: Path, *options: str) -> Da
     """An agent that looks often and gives up early; not yet started."""
     given = ["--engine-url", engine_url, "--token-file", str(token_file)]
     given += ["--engine-poll-s", "0.2", "--attach-backoff-max-s", "1"]
+    given += ["--journal", str(log.with_suffix(".journal"))]
     return Daemon("weightsync_server.agent.cli", [*given, *options], log, alive="/healthz")
 
 

@@ -48,6 +48,7 @@ class DemoAgent:
         for url in engine_urls:
             command += ["--engine-url", url]
         command += ["--engine-poll-s", "0.25", "--attach-backoff-max-s", "1"]
+        command += ["--journal", str(self._processes.logs / f"{self._name}.journal")]
         self.process = self._processes.start(self._name, command)
 
     def wait_ready(self, engines: Sequence[Process]) -> dict[str, Any]:

@@ -141,7 +141,7 @@ class Processes:
     """
 
     def __init__(self, logs: Path, environ: Mapping[str, str]) -> None:
-        self._logs = logs
+        self.logs = logs
         self._environ = environ
         self._started: list[Process] = []
         self._ports: list[socket.socket] = []
@@ -166,7 +166,7 @@ class Processes:
         talks: bool = False,
     ) -> Process:
         """Start one.  ``talks``: its standard input and output are pipes to the demo."""
-        log = self._logs / f"{name.replace(' ', '-')}.log"
+        log = self.logs / f"{name.replace(' ', '-')}.log"
         process = Process(name, command, {**self._environ, **(environ or {})}, log, talks=talks)
         self._started.append(process)
         return process

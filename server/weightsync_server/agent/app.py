@@ -13,7 +13,13 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ValidationError
 
 import weightsync
-from weightsync.errors import EngineDetachedError, EngineTornError, StaleVersionError, StateError
+from weightsync.errors import (
+    EngineDetachedError,
+    EngineSyncingError,
+    EngineTornError,
+    StaleVersionError,
+    StateError,
+)
 from weightsync.protocol import (
     PROTOCOL_VERSION,
     SESSION_SECRET_HEADER,
@@ -40,13 +46,13 @@ from weightsync_server.agent.calls import Calls
 from weightsync_server.agent.engine_client import EngineClient
 from weightsync_server.agent.engines import Engines
 from weightsync_server.agent.events import EventHub
+from weightsync_server.agent.journal import default_path
 from weightsync_server.agent.metrics import Metrics
 from weightsync_server.agent.openapi import RESPONSES, describing
 from weightsync_server.agent.replies import Replies
 from weightsync_server.agent.service import Service
-from weightsync_server.agent.session_guard import SessionGuard
 from weightsync_server.agent.settings import AgentSettings
-from weightsync_server.agent.status import StatusResponse
+from weightsync_server.agent.status import JournalStatus, StatusResponse
 from weightsync_server.agent.tokens import Tokens
 from weightsync_server.agent.watch import Watch
 
@@ -99,13 +105,18 @@ class Agent:
             self.replies,
         )
         self.service = Service(
-            self.engines, self.hub, self.metrics, engine_timeout_s=settings.engine_timeout_s
+            self.engines,
+            self.hub,
+            self.metrics,
+            settings.journal or default_path(settings.engine_url),
+            engine_timeout_s=settings.engine_timeout_s,
         )
         self.calls = Calls(
             self.service,
             engine_timeout_s=settings.engine_timeout_s,
             max_unpacked_nbytes=settings.max_unpacked_nbytes,
         )
+        self._recalled = False
         self.app = self._make_app(secret)
 
     def listens_at(self, host: str, port: int) -> None:
@@ -116,26 +127,48 @@ class Agent:
         for client in self.engines.clients:
             client.reply_url = f"http://{name}:{port}{REPLY_PATH}"
 
+    def recall(self) -> None:
+        """Read the journal, before the first call.  Safe to call twice.
+
+        Raises:
+            InputError: Another agent has it.
+        """
+        if not self._recalled:
+            self._recalled = True
+            self.service.recall()
+            self.calls.recall(self.service.journal.record)
+
     def status(self) -> StatusResponse:
         """What ``GET /status`` tells."""
         service, state = self.service, self.service.state
+        journal = service.journal
         return StatusResponse(
             state=state.phase,
             version=state.version,
             target=state.target,
+            committed=state.committed,
+            committed_by=state.committed_by,
+            lowest=state.lowest,
             epoch=state.epoch,
             session=state.session,
             connected=state.connected,
             pause_owner=state.owner,
+            syncing=self._syncing,
             engines=service.workers.engines,
             workers=service.workers.status,
             last_push=service.clock.last,
             recent_pushes=list(service.clock.recent),
             last_errors=list(service.errors),
+            journal=JournalStatus(path=str(journal.path), trouble=journal.trouble),
             uptime_s=round(time.monotonic() - self.started, 3),
             protocol_version=PROTOCOL_VERSION,
             weightsync_version=weightsync.__version__,
         )
+
+    @property
+    def _syncing(self) -> bool:
+        """Whether the first push since the engine's start is still to come, and waited for."""
+        return self.settings.require_push and not self.service.state.version
 
     def check_ready(self, min_version: int) -> Health:
         """The admission gate.
@@ -156,11 +189,17 @@ class Agent:
                 f"the engine serves version {state.version}, not {min_version}",
                 hint="wait for the push of that version",
             )
+        if self._syncing:
+            raise EngineSyncingError(
+                "the engine serves what it was started with, and no push has come yet",
+                hint="wait for the first whole push",
+            )
         return Health(status="ready", version=state.version)
 
     def _make_app(self, secret: str) -> FastAPI:
         @contextlib.asynccontextmanager
         async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+            self.recall()
             watch = asyncio.create_task(Watch(self.service, self.settings).run())
             try:
                 yield
@@ -169,6 +208,8 @@ class Agent:
                 watch.cancel()
                 await asyncio.gather(watch, return_exceptions=True)
                 await self.calls.stop()
+                await self.service.journal.flush()
+                self.service.journal.close()
                 await self.engines.aclose()
 
         app = FastAPI(
@@ -246,7 +287,7 @@ class Agent:
 
     def _add_posts(self, app: FastAPI) -> None:
         calls = self.calls
-        guard = SessionGuard()
+        guard = self.service.guard
         schemas: dict[str, Any] = {}
 
         def post(

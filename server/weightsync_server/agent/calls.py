@@ -5,13 +5,21 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import hashlib
 import logging
 import time
 from collections.abc import Hashable, Sequence
+from functools import partial
 from typing import Any
 
 from weightsync.codec import unpack
-from weightsync.errors import InputError, ProtocolMismatchError, PushInProgressError
+from weightsync.errors import (
+    InputError,
+    ProtocolMismatchError,
+    PushInProgressError,
+    WeightSyncError,
+    from_problem,
+)
 from weightsync.manifest import Manifest, TensorSpec
 from weightsync.protocol import (
     PROTOCOL_VERSION,
@@ -49,6 +57,7 @@ from weightsync.worker_messages import (
     RankWrites,
     VerifyBody,
 )
+from weightsync_server.agent.journal import Record, Remembered
 from weightsync_server.agent.once import Mark, Once
 from weightsync_server.agent.pushes import Traffic
 from weightsync_server.agent.service import Service
@@ -72,7 +81,15 @@ class Calls:
         self._service = service
         self._engine_timeout_s = engine_timeout_s
         self._max_unpacked_nbytes = max_unpacked_nbytes
-        self._once = Once()
+        self._once = Once(self._remember)
+
+    def recall(self, record: Record) -> None:
+        """Answer repeats of what an agent before this one answered."""
+        for push_id, calls in record.answers.items():
+            for name, remembered in calls.items():
+                if name == "pause" and push_id == record.state.owner:
+                    continue  # whether the engine stands still is asked anew (WS-1)
+                self._once.recall((name, push_id), remembered.asked, partial(_answered, remembered))
 
     async def attach(self, request: AttachRequest) -> StepResponse:
         """``POST /attach``."""
@@ -84,20 +101,20 @@ class Calls:
         event = PauseAsked(request.push_id)
         if request.push_id is None:
             return await self._step(event, request, request.timeout_s)
-        return await self._push_step("pause", request.push_id, request.mode, event, request)
+        return await self._push_step("pause", request.push_id, event, request)
 
     async def resume(self, request: ResumeRequest) -> StepResponse:
         """``POST /resume``."""
         event = ResumeAsked(request.push_id)
         if request.push_id is None:
             return await self._step(event, request, self._engine_timeout_s)
-        return await self._push_step("resume", request.push_id, None, event, request)
+        return await self._push_step("resume", request.push_id, event, request)
 
     async def begin(self, request: BeginRequest) -> StepResponse:
         """``POST /begin_update``.  A repeat also tells that the push is still alive."""
         event = BeginAsked(request.session, request.epoch, request.push_id, request.version)
         return await self._push_step(
-            "begin_update", request.push_id, event, event, request, keep_errors=True
+            "begin_update", request.push_id, event, request, keep_errors=True
         )
 
     async def commit(self, request: CommitRequest) -> StepResponse:
@@ -108,7 +125,7 @@ class Calls:
             step(self._service.state, event)  # refused before anything big is unpacked
         bodies = await asyncio.to_thread(self._commit_bodies, request, self._workers)
         return await self._push_step(
-            key[0], key[1], event, event, request, keep_errors=True, extra={"bodies": bodies}
+            key[0], key[1], event, request, keep_errors=True, extra={"bodies": bodies}
         )
 
     async def abort(self, request: AbortRequest) -> StepResponse:
@@ -116,7 +133,7 @@ class Calls:
         event = AbortAsked(request.push_id)
         if self._service.state.owner == request.push_id:
             log.warning("push %s is aborted by its trainer: %s", request.push_id, request.reason)
-        return await self._push_step("abort_update", request.push_id, None, event, request)
+        return await self._push_step("abort_update", request.push_id, event, request)
 
     async def init_transfer(self, request: InitTransferRequest) -> InitTransferResponse:
         """``POST /init_transfer``."""
@@ -144,11 +161,11 @@ class Calls:
                 epoch=state.epoch,
                 # of a torn engine the newest version that any push reached, so that the one after
                 # it is always new enough
-                version=max(state.version, (state.target or 0) - 1),
+                version=max(state.version, state.committed, state.lowest - 1),
                 workers=made.result,
             )
 
-        return await self._once.run(key, (manifest.digest, request.world_size), work)
+        return await self._once.run(key, (manifest.tensors, request.world_size), work)
 
     async def connect(self, request: ConnectRequest) -> StepResponse:
         """``POST /connect``."""
@@ -166,8 +183,8 @@ class Calls:
         async def work(begun: Mark) -> StepResponse:
             return await self._step(event, request, request.timeout_s, begun, extra)
 
-        ranks = tuple((r.rank, r.metadata, tuple(r.writes)) for r in request.ranks)
-        return await self._once.run(key, hash(ranks), work)
+        asked = await asyncio.to_thread(_fingerprint, request)
+        return await self._once.run(key, asked, work)
 
     async def checksums(self, timeout_s: float) -> tuple[int, dict[str, str]]:
         """``GET /checksums``: of which version, and they."""
@@ -206,7 +223,6 @@ class Calls:
         self,
         name: str,
         push_id: str,
-        asked: Hashable,
         event: Ask,
         request: Message,
         *,
@@ -219,7 +235,21 @@ class Calls:
         async def work(begun: Mark) -> StepResponse:
             return await self._step(event, request, timeout_s, begun, extra)
 
+        asked = await asyncio.to_thread(_fingerprint, request)
         return await self._once.run((name, push_id), asked, work, keep_errors=keep_errors)
+
+    def _remember(self, key: Hashable, asked: Hashable, task: asyncio.Task[Any]) -> None:
+        """A push's answer goes into the journal; a rendezvous may simply be made again."""
+        match key:
+            case (str(name), str(push_id)) if name != "init_transfer":
+                failed = task.exception()
+                if failed is None:
+                    remembered = Remembered(asked=str(asked), answer=task.result().model_dump())
+                elif isinstance(failed, WeightSyncError):
+                    remembered = Remembered(asked=str(asked), problem=failed.to_problem())
+                else:
+                    return
+                self._service.remember(push_id, name, remembered)
 
     async def _step(
         self,
@@ -293,6 +323,18 @@ class Calls:
             ]
             for w in range(workers)
         ]
+
+
+def _fingerprint(request: Message) -> str:
+    """Equal for repeats: everything that was asked, but for how long to wait and why."""
+    text = request.model_dump_json(exclude={"timeout_s", "reason"})
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _answered(remembered: Remembered) -> StepResponse:
+    if remembered.problem is not None:
+        raise from_problem(remembered.problem)
+    return StepResponse.model_validate(remembered.answer)
 
 
 def _check_ranks(call: str, ranks: Sequence[tuple[int, int]], workers: int) -> None:

@@ -122,6 +122,7 @@ def serve(settings: AgentSettings) -> None:
         WeightSyncError: It could not start.
     """
     agent = Agent(settings, load_secret())
+    agent.recall()
     with listen(settings) as sock, contextlib.ExitStack() as beside:
         side = listen_aside(settings)
         if side is not None:

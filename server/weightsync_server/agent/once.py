@@ -28,14 +28,20 @@ class _Entry:
 
 
 class Once:
-    """Remembers the last calls by key.  Used on the event loop only."""
+    """Remembers the last calls by key.  Used on the event loop only.
 
-    def __init__(self) -> None:
+    Args:
+        kept: Told of each answer that is remembered: its key, what was asked, and its task.
+    """
+
+    def __init__(self, kept: Callable[[Hashable, Hashable, asyncio.Task[Any]], None]) -> None:
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._recalled: dict[Hashable, tuple[Hashable, Callable[[], Any]]] = {}
+        self._kept = kept
 
     def knows(self, key: Hashable) -> bool:
         """Whether a repeat of ``key`` would get a remembered answer, or one that is on its way."""
-        return key in self._entries
+        return key in self._entries or key in self._recalled
 
     def forget_finished(self, key: Hashable) -> None:
         """Make the next call of ``key`` a new one, unless one is running."""
@@ -60,18 +66,28 @@ class Once:
         Raises:
             InputError: ``key`` was used to ask for something else.
         """
+        if key in self._recalled:
+            before, recalled = self._recalled[key]
+            self._refuse_other(key, before, asked)
+            remembered: T = recalled()
+            return remembered
         entry = self._entries.get(key)
         if entry is None or entry.task is None:
             entry = self._entries[key] = _Entry(asked)
             entry.task = asyncio.create_task(work(lambda: setattr(entry, "begun", True)))
             entry.task.add_done_callback(lambda t: self._finished(key, entry, t, keep_errors))
-        elif entry.asked != asked:
-            raise InputError(
-                f"{key!r} was used for {entry.asked!r} before, now for {asked!r}",
-                hint="use a new push_id or session for what is not a repeat",
-            )
+        else:
+            self._refuse_other(key, entry.asked, asked)
         answer: T = await asyncio.shield(entry.task)
         return answer
+
+    @staticmethod
+    def _refuse_other(key: Hashable, before: Hashable, asked: Hashable) -> None:
+        if before != asked:
+            raise InputError(
+                f"{key!r} was used to ask for something else before",
+                hint="use a new push_id or session for what is not a repeat",
+            )
 
     async def stop(self) -> None:
         """Cancel what runs and wait for its end."""
@@ -88,6 +104,14 @@ class Once:
             if self._entries.get(key) is entry:
                 del self._entries[key]
             return
+        self._kept(key, entry.asked, task)
+        self._trim()
+
+    def recall(self, key: Hashable, asked: Hashable, answer: Callable[[], Any]) -> None:
+        """Remember what was answered before this process was there; ``answer`` gives or raises."""
+        self._recalled[key] = asked, answer
+
+    def _trim(self) -> None:
         while len(self._entries) > _KEPT:
             oldest = next(iter(self._entries))
             done = self._entries[oldest].task

@@ -12,6 +12,8 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from weightsync.errors import DeadlineError, EngineDetachedError, EngineError, WeightSyncError
@@ -38,8 +40,10 @@ from weightsync.state_events import (
 )
 from weightsync_server.agent.engines import Engines
 from weightsync_server.agent.events import EventHub
+from weightsync_server.agent.journal import Journal, Record, Remembered
 from weightsync_server.agent.metrics import Metrics
 from weightsync_server.agent.pushes import PushClock
+from weightsync_server.agent.session_guard import SessionGuard
 from weightsync_server.agent.status import ErrorStatus
 from weightsync_server.agent.work import Work
 from weightsync_server.agent.workers import Workers
@@ -58,11 +62,18 @@ class Service:
         engines: Calls to the engines, which are one to the state machine.
         hub: Where changes of state are published.
         metrics: Where they are counted.
+        journal_path: Where it is kept what a restart must not forget.
         engine_timeout_s: Seconds for calls that clean up, whose ask may be out of time.
     """
 
     def __init__(
-        self, engines: Engines, hub: EventHub, metrics: Metrics, *, engine_timeout_s: float
+        self,
+        engines: Engines,
+        hub: EventHub,
+        metrics: Metrics,
+        journal_path: Path,
+        *,
+        engine_timeout_s: float,
     ) -> None:
         self.state = AgentState()
         self.engines = engines
@@ -71,11 +82,32 @@ class Service:
         self.metrics = metrics
         self.clock = PushClock(hub, metrics)
         self.errors: deque[ErrorStatus] = deque(maxlen=16)
+        self.journal = Journal(journal_path, lambda error: self.note("journal", error))
+        self.guard = SessionGuard()
         self._engine_timeout_s = engine_timeout_s
         self._turn = asyncio.Lock()
         self._holder = ""
         self._touched = time.monotonic()
         metrics.show(self.state, 0)
+
+    def recall(self) -> None:
+        """Take the journal, and go on from what it tells; before anything else is asked.
+
+        Raises:
+            InputError: Another agent has it.
+        """
+        self.journal.open()
+        record = self.journal.record
+        # what it was, its workers tell: a restart of the agent is no more than a blink of theirs
+        self.state = replace(record.state, phase="detached")
+        self.workers.instances = dict(record.instances)
+        if record.session_owner and self.state.session is not None:
+            self.guard.recall(self.state.session, record.session_owner)
+        self.metrics.show(self.state, 0)
+
+    def remember(self, push_id: str, call: str, answer: Remembered) -> None:
+        """Keep an answer for repeats that come after a restart."""
+        self.journal.save_soon(self.journal.record.with_answer(push_id, call, answer))
 
     @property
     def idle_s(self) -> float:
@@ -97,6 +129,7 @@ class Service:
         """
         step(self.state, work.event)  # refused at once, not after waiting for another's call
         async with self._held(work):
+            await self._write_down(work)
             queue = deque(self._apply(work.event))
             failure: WeightSyncError | None = None
             while queue:
@@ -157,11 +190,35 @@ class Service:
             self._touched = time.monotonic()
             self._turn.release()
 
+    async def _write_down(self, work: Work) -> None:
+        """Before a push, or an epoch, begins to matter to the engine it is in the journal.
+
+        Raises:
+            StateError: The ask is illegal now.
+            JournalError: It is not in the journal; nothing changed.
+        """
+        state, effects = step(self.state, work.event)
+        pauses = Effect.PAUSE in effects and work.push_id is not None
+        if pauses or Effect.OPEN in effects or Effect.BEGIN in effects:
+            # whose pause it is has to be known even if nobody is left to hear that it worked
+            intended = replace(state, owner=state.owner or work.push_id)
+            await self.journal.save(self._record(intended))
+
+    def _record(self, state: AgentState) -> Record:
+        return self.journal.record.model_copy(
+            update={
+                "state": state,
+                "session_owner": self.guard.owner(state.session),
+                "instances": self.workers.instances,
+            }
+        )
+
     def _apply(self, event: Event) -> tuple[Effect, ...]:
         before = self.state
         self.state, effects = step(before, event)
         if self.state != before:
             self._tell(before, event)
+            self.journal.save_soon(self._record(self.state))
         return effects
 
     def _tell(self, before: AgentState, event: Event) -> None:
@@ -293,6 +350,10 @@ class Service:
 
 def _failed(effect: Effect, work: Work, error: WeightSyncError) -> Outcome | None:
     match effect:
+        case Effect.ATTACH if work.extra.get("by_hand") and not isinstance(
+            error, EngineDetachedError
+        ):
+            return None  # nothing that it did before is in doubt
         case Effect.ATTACH:
             return EngineLost()
         case Effect.PAUSE if isinstance(work.event, PauseAsked):

@@ -31,6 +31,14 @@ class SessionGuard:
     def __init__(self) -> None:
         self._owners: OrderedDict[str, bytes] = OrderedDict()
 
+    def owner(self, session: str | None) -> str:
+        """What tells whose a session is, for another agent process; no secret itself."""
+        return self._owners.get(session or "", b"").hex()
+
+    def recall(self, session: str, owner: str) -> None:
+        """Go on guarding a session that an earlier agent process opened."""
+        self._owners[session] = bytes.fromhex(owner)
+
     def check(self, message: Message, secret: str | None) -> None:
         """Refuse a call that is in another trainer's session.
 

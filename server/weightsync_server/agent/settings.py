@@ -56,6 +56,11 @@ class AgentSettings(BaseModel):
     probe_port: Annotated[int, Field(ge=0, le=65_535)] = 0
     """With TLS: port of a plain listener on the same address that answers /healthz and /readyz
     alone; 0: it listens on loopback only."""
+    journal: Path | None = None
+    """File that tells a restarted agent what was under way (default: one for these engines in
+    $XDG_STATE_HOME/weightsync or ~/.local/state/weightsync)."""
+    require_push: bool = False
+    """An engine is not ready with the weights that it was started with, only after a push."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """What to log."""
     log_format: Literal["text", "json"] = "text"

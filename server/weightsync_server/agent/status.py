@@ -73,21 +73,33 @@ class ErrorStatus(Model):
     hint: str = ""
 
 
+class JournalStatus(Model):
+    """What the agent keeps on disk.  ``trouble``: why it takes no push; empty: none."""
+
+    path: str
+    trouble: str = ""
+
+
 class StatusResponse(Model):
     """Answer to ``GET /status``.  Times are seconds since 1970, durations seconds."""
 
     state: str
     version: int
     target: int | None
+    committed: int
+    committed_by: str | None
+    lowest: int
     epoch: int
     session: str | None
     connected: bool
     pause_owner: str | None
+    syncing: bool
     engines: list[EngineStatus]
     workers: list[WorkerStatus]
     last_push: PushStatus | None
     recent_pushes: list[PushStatus]
     last_errors: list[ErrorStatus]
+    journal: JournalStatus
     uptime_s: float
     protocol_version: int
     weightsync_version: str

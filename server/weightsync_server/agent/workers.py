@@ -45,13 +45,10 @@ class Workers:
         self._engines = engines
         self.engines = [EngineStatus(url=client.base_url) for client in engines.clients]
         self.status: list[WorkerStatus] = []
+        #: the process behind each place, as last described
+        self.instances: dict[str, str] = {}
         #: the API server processes that are known to front these workers
         self._servers: set[str] = set()
-
-    @property
-    def instances(self) -> dict[str, str]:
-        """The process behind each place, as last described."""
-        return {w.place: w.instance for w in self.status}
 
     async def describe(self, timeout_s: float) -> list[Answer[DescribeReply]]:
         """What every worker is and holds now."""
@@ -81,13 +78,14 @@ class Workers:
         dirty = any(a.body.dirty for a in answers)
         known = {w.place: w for w in self.status} if same else {}
         status = [_described(a, known.get(a.place)) for a in answers]
-        if not dirty and (again or not same):
+        if not dirty and (again or len(known) < len(status)):
             proofs = await self._engines.ask(
                 "attach", AttachReply, body=AttachBody(proof), timeout_s=timeout_s
             )
             for worker, proven in zip(status, proofs, strict=True):
                 _add_proof(worker, proven.body)
         self.status = status
+        self.instances = {a.place: a.instance for a in answers}
         self.engines = [
             _identified(client.base_url, info)
             for client, info in zip(self._engines.clients, infos, strict=True)
