@@ -28,7 +28,7 @@ def start(w: World, t: int) -> World:
         s.connected and (s.session, s.epoch) == (trainer.session, epoch)
         for s, epoch in zip(states, trainer.epochs, strict=True)
     )
-    version = 1 + max(trainer.last, *(max(s.version, s.target or 0) for s in states))
+    version = 1 + max(trainer.last, *(max(s.version, s.committed, s.target or 0) for s in states))
     trainer = trainer._replace(
         tries=tries,
         push=push,
