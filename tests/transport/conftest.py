@@ -13,6 +13,7 @@ from weightsync.transport import (
     LocalMemory,
     NixlTransport,
     Transport,
+    UcxxTransport,
 )
 
 
@@ -26,9 +27,9 @@ class Wire:
         self.kept: list[np.ndarray] = []
 
     def end(self) -> Transport:
-        return self._keep(
-            InMemoryTransport(self.fabric) if self.kind == "inmemory" else NixlTransport("test")
-        )
+        if self.kind == "inmemory":
+            return self._keep(InMemoryTransport(self.fabric))
+        return self._keep(NixlTransport("test") if self.kind == "nixl" else UcxxTransport("test"))
 
     def stalled_end(self) -> Transport:
         """An end at which no write ever completes."""
@@ -36,7 +37,8 @@ class Wire:
             end = self.end()
             self.fabric.inject(end.name, Faults(lose_write=True))
             return end
-        return self._keep(NixlTransport("stalled", progress_thread=False))
+        kind = NixlTransport if self.kind == "nixl" else UcxxTransport
+        return self._keep(kind("stalled", progress_thread=False))
 
     def memory(self, end: Transport, nbytes: int) -> np.ndarray:
         """Registered zeros that live as long as the test."""
@@ -60,7 +62,13 @@ class Wire:
         return got
 
 
-@pytest.fixture(params=["inmemory", pytest.param("nixl", marks=pytest.mark.nixl)])
+@pytest.fixture(
+    params=[
+        "inmemory",
+        pytest.param("nixl", marks=pytest.mark.nixl),
+        pytest.param("ucxx", marks=pytest.mark.integrations),
+    ]
+)
 def wire(request: pytest.FixtureRequest) -> Iterator[Wire]:
     wire = Wire(request.param)
     yield wire

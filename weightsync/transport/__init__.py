@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from weightsync.transport.inmemory import Fabric, Faults, InMemoryTransport
     from weightsync.transport.nixl import NixlTransport
+    from weightsync.transport.ucxx import UcxxTransport
 
 __all__ = [
     "Fabric",
@@ -31,6 +32,7 @@ __all__ = [
     "Registration",
     "Side",
     "Transport",
+    "UcxxTransport",
     "WriteOp",
 ]
 
@@ -39,6 +41,7 @@ _MODULE_OF = dict.fromkeys(__all__, "base") | {
     "Faults": "inmemory",
     "InMemoryTransport": "inmemory",
     "NixlTransport": "nixl",
+    "UcxxTransport": "ucxx",
 }
 
 
