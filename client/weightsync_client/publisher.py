@@ -55,8 +55,9 @@ class Publisher:
         wait_for_agents_s: At first, wait so long for agents, and for their engines, that are not
             there yet.
         token: The agents' bearer token; default: ``WEIGHTSYNC_TOKEN``.
-        transport: ``nixl``, or what makes a :class:`weightsync.transport.base.Transport` with a
-            name of its own, once an epoch; the device of the slots is the current one then.
+        transport: ``nixl``; ``ucxx``, for which engines need ``WEIGHTSYNC_TRANSPORT=ucxx``; or
+            what makes a :class:`weightsync.transport.base.Transport` with a name of its own, once
+            an epoch; the device of the slots is the current one then.
         check_finite: Refuse weights that are NaN or infinite, before anything is sent.
         pause_mode: What happens to running requests: they are kept and go on afterwards
             (``keep``), are finished first (``wait``), or end (``abort``).
@@ -101,7 +102,7 @@ class Publisher:
         policy: Policy = "all",
         wait_for_agents_s: float = 0.0,
         token: str | None = None,
-        transport: Literal["nixl"] | Callable[[], Transport] = "nixl",
+        transport: Literal["nixl", "ucxx"] | Callable[[], Transport] = "nixl",
         check_finite: bool = True,
         pause_mode: PauseMode = "keep",
         deadlines: Deadlines | None = None,
@@ -116,9 +117,10 @@ class Publisher:
         cert: Cert | None = None,
         group: dist.ProcessGroup | Literal["default"] | None = "default",
     ) -> None:
-        if transport != "nixl" and not callable(transport):
+        if transport not in {"nixl", "ucxx"} and not callable(transport):
             raise InputError(
-                f"unknown transport {transport!r}", hint='"nixl", or a function that makes one'
+                f"unknown transport {transport!r}",
+                hint='"nixl", "ucxx", or a function that makes one',
             )
         if max_slot_bytes is not None and max_slot_bytes < ALIGN_NBYTES:
             raise InputError(
@@ -148,7 +150,7 @@ class Publisher:
             members=members,
             policy=policy,
             wait_for_agents_s=wait_for_agents_s,
-            make_transport=make_nixl if transport == "nixl" else transport,
+            make_transport=_maker(transport),
             check_finite=check_finite,
             pause_mode=pause_mode,
             deadlines=deadlines,
@@ -230,6 +232,12 @@ class Publisher:
         self.close()
 
 
+def _maker(transport: str | Callable[[], Transport]) -> Callable[[], Transport]:
+    if callable(transport):
+        return transport
+    return make_ucxx if transport == "ucxx" else make_nixl
+
+
 def make_nixl() -> Transport:
     """The transport of a trainer."""
     # only here, so that a publisher with another transport needs no NIXL
@@ -237,3 +245,10 @@ def make_nixl() -> Transport:
 
     # A trainer only writes, and makes progress while it waits: no thread runs beside its training.
     return NixlTransport("trainer", progress_thread=False, gpu=cuda_address(torch.device("cuda")))
+
+
+def make_ucxx() -> Transport:
+    """The transport of a trainer on hosts without NIXL."""
+    from weightsync.transport.ucxx import UcxxTransport
+
+    return UcxxTransport("trainer", progress_thread=False, gpu=cuda_address(torch.device("cuda")))

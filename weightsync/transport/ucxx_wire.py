@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from weightsync.errors import TransportError
+from weightsync.errors import TransportError, WeightSyncError
 from weightsync.layout import MemoryKind
 from weightsync.transport import ucx
 from weightsync.transport.base import Side
@@ -121,9 +121,9 @@ class Wire:
     """
 
     def __init__(self, gpu: str | None) -> None:
-        self._api, self._array = load_bindings()
-
         def make() -> tuple[Any, Any]:
+            # loaded here, where UCX finds the options of its log
+            self._api, self._array = load_bindings()
             features = (self._api.Feature.TAG, self._api.Feature.WAKEUP)
             context = self._api.UCXContext(feature_flags=features)
             options = {"enable_delayed_submission": False, "enable_python_future": False}
@@ -132,7 +132,9 @@ class Wire:
         try:
             self._context, self._worker = ucx.start(make, gpu)
             self._worker.init_blocking_progress_mode()
-        except self._api.UCXError as error:
+        except WeightSyncError:
+            raise
+        except Exception as error:
             raise TransportError(
                 f"UCX does not start: {error}", hint="look at UCX_TLS and UCX_NET_DEVICES"
             ) from error

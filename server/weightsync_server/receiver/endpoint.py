@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -45,19 +46,39 @@ def nixl_transport(device: torch.device | None = None) -> Transport:
     return NixlTransport(gpu=cuda_address(device))
 
 
+def named_transport(
+    device: torch.device | None = None, environ: Mapping[str, str] = os.environ
+) -> Transport:
+    """The transport that ``WEIGHTSYNC_TRANSPORT`` names (``nixl`` where it is unset or empty).
+
+    Raises:
+        InputError: It names none.
+        TransportError: It cannot be loaded.
+    """
+    name = environ.get("WEIGHTSYNC_TRANSPORT") or "nixl"
+    if name == "nixl":
+        return nixl_transport(device)
+    if name != "ucxx":
+        raise InputError(f"WEIGHTSYNC_TRANSPORT is {name!r}", hint="nixl or ucxx")
+    from weightsync.transport.ucxx import UcxxTransport
+
+    return UcxxTransport(gpu=cuda_address(device))
+
+
 class WorkerEndpoint:
     """Answers the agent's commands for one worker.
 
     Args:
         adapter: The engine's ways; its model must be loaded.
-        new_transport: Makes a transport with a name that was never used; default: NIXL's.
+        new_transport: Makes a transport with a name that was never used; default: the one that
+            ``WEIGHTSYNC_TRANSPORT`` names.
     """
 
     def __init__(
         self, adapter: EngineAdapter, new_transport: Callable[[], Transport] | None = None
     ) -> None:
         if new_transport is None:
-            new_transport = partial(nixl_transport, adapter.device)
+            new_transport = partial(named_transport, adapter.device)
         self.receiver = Receiver(adapter, new_transport)
 
     def call(self, command: str) -> None:
