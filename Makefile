@@ -6,7 +6,7 @@ ARGS ?=
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo plan-scale bench bench-gpu test test-slow test-vllm test-gpu test-integrations test-chaos soak pytest lint format wheel constraints clean
+.PHONY: help venv demo plan-scale screenshots bench bench-gpu test test-slow test-vllm test-gpu test-integrations test-chaos soak pytest lint format wheel constraints clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ demo: venv ## push new weights into a real, running vLLM (ARGS="--engine torch" 
 plan-scale: venv ## plan a model of a trillion parameters, and show how planning time grows
 	$(BIN)/weightsync plan --model-config docs/examples/moe-1t.config.json \
 	  --trainer fsdp=256,ep=8 --inference tp=8,dp=16,ep=8 --scaling $(ARGS)
+
+screenshots: venv ## take the pictures of the status page (needs Chromium)
+	$(BIN)/python scripts/screenshots.py
 
 bench: venv ## measure pushes on this machine's CPU beside their baselines, and planning
 	$(BIN)/weightsync bench loopback $(ARGS)

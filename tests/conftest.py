@@ -16,6 +16,8 @@ from importlib.util import find_spec
 import pytest
 from hypothesis import settings
 
+from tests.support.browser import chromium
+
 # A background job of a shell ignores Ctrl-C, and so would the processes that the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -37,6 +39,8 @@ def missing(marker: str) -> str | None:
     """Returns what this machine lacks for tests with this marker, or None if it lacks nothing."""
     if marker in {"nixl", "vllm"} and find_spec(marker) is None:
         return f"{marker} is not installed"
+    if marker == "browser" and (find_spec("playwright") is None or chromium() is None):
+        return "no playwright, or no chromium on the PATH"
     if marker == "gpu":
         import torch
 
@@ -55,7 +59,7 @@ def reason_to_skip(markers: set[str], expression: str) -> str | None:
     held_back = [marker for marker in ONLY_WHEN_NAMED if marker in markers]
     if held_back and not any(named_in(expression, marker) for marker in held_back):
         return f"{held_back[0]}: {ONLY_WHEN_NAMED[held_back[0]]}"
-    for marker in ("gpu", "nixl", "vllm"):
+    for marker in ("gpu", "nixl", "vllm", "browser"):
         if marker in markers and (lack := missing(marker)) is not None:
             return lack
     return None

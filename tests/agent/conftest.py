@@ -192,9 +192,13 @@ async def make_agent(tmp_path):
         options = {"journal": tmp_path / f"{len(made)}.journal"} | options
         settings = AgentSettings(
             engine_url=engine_url,
-            port=0,
             token=None if token is None else SecretStr(token),
-            **{"engine_poll_s": 0.05, "engine_probe_timeout_s": 1.0, "shutdown_timeout_s": 1}
+            **{
+                "port": 0,
+                "engine_poll_s": 0.05,
+                "engine_probe_timeout_s": 1.0,
+                "shutdown_timeout_s": 1,
+            }
             | options,
         )
         agent = Agent(settings, fake.SECRET)

@@ -49,6 +49,7 @@ from weightsync_server.agent.events import EventHub
 from weightsync_server.agent.journal import default_path
 from weightsync_server.agent.metrics import Metrics
 from weightsync_server.agent.openapi import RESPONSES, describing
+from weightsync_server.agent.pages import add_page
 from weightsync_server.agent.replies import Replies
 from weightsync_server.agent.service import Service
 from weightsync_server.agent.settings import AgentSettings
@@ -229,6 +230,7 @@ class Agent:
         problems.install(app, self._count_error)
         self._add_gets(app)
         self._add_posts(app)
+        add_page(app)
         return app
 
     def _count_error(self, path: str, code: str) -> None:

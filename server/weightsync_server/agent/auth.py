@@ -16,13 +16,14 @@ from weightsync.errors import (
     TooManyAttemptsError,
     WeightSyncError,
 )
+from weightsync_server.agent.pages import FOLDER
 from weightsync_server.agent.problems import problem_response
 from weightsync_server.agent.tokens import FailedAttempts, Tokens
 from weightsync_server.same_host import is_from_same_host, is_loopback
 from weightsync_server.secret import HEADER, same_secret
 
-#: no token needed: probes of a load balancer or an orchestrator
-OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+#: no token needed: probes of a load balancer or an orchestrator, and the page, which asks for it
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/"})
 #: takes the engine's secret instead of the token
 REPLY_PATH = "/internal/reply"
 
@@ -88,7 +89,7 @@ class Gate:
                     hint="engine and agent must find the same secret",
                 )
             return
-        if scope["path"] in OPEN_PATHS:
+        if scope["path"] in OPEN_PATHS or scope["path"].startswith(FOLDER):
             return
         if self._tokens is None:
             _check_not_a_browser(headers)
