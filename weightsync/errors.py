@@ -18,11 +18,13 @@ WeightSyncError                     the root; never raised itself
 │   ├── PushInProgressError         another push holds the engine
 │   ├── NoSessionError              push without a rendezvous
 │   ├── StaleEpochError             the session's epoch is over: make a new rendezvous
-│   └── StaleVersionError           the version is not newer than the engine's
+│   ├── StaleVersionError           the version is not newer than the engine's
+│   └── NoPreviousError             no version before this one is kept
 ├── LayoutError                     the engine's layout cannot be used
 │   ├── TraceError                  the loader does what a layout cannot express
 │   ├── RefusedError                a kernel tensor could not be proven
-│   └── IdentityError               a kernel tensor moved since it was registered
+│   ├── IdentityError               a kernel tensor moved since it was registered
+│   └── HeadroomError               the shadow does not fit into memory
 ├── PlanError                       the coverage proof failed
 ├── TransportError                  moving the bytes failed
 │   ├── RegistrationError           memory could not be registered
@@ -198,6 +200,12 @@ class StaleVersionError(StateError):
     code = "stale_version"
 
 
+class NoPreviousError(StateError):
+    """A rollback, and no version before this one is kept."""
+
+    code = "no_previous_version"
+
+
 class LayoutError(WeightSyncError):
     """The engine's layout cannot be used."""
 
@@ -225,6 +233,16 @@ class IdentityError(LayoutError):
 
     code = "identity_changed"
     status = 409
+
+
+class HeadroomError(LayoutError):
+    """The shadow of the weights does not fit into the memory that is left.
+
+    ``context`` has ``needed_nbytes`` and ``free_nbytes``.
+    """
+
+    code = "no_headroom"
+    status = 507
 
 
 class PlanError(WeightSyncError):

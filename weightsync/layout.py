@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Mode = Literal["direct", "staged", "refused"]
+Mode = Literal["direct", "shadow", "staged", "refused"]
 MemoryKind = Literal["DRAM", "VRAM"]
 
 
@@ -54,8 +54,9 @@ class KernelRegion:
         dtype: Element type in this memory.
         shape: Shape in load format.
         nbytes: Length of the region.
-        mode: ``direct``: the region is the live tensor's storage; ``staged``: it is a buffer in
-            load format that the engine's own post-processing turns into the kernel tensor.
+        mode: ``direct``: the region is the live tensor's storage; ``shadow``: it is a copy of it
+            that takes its place at commit; ``staged``: it is a buffer in load format that the
+            engine's own post-processing turns into the kernel tensor.
         addr: Start address in the worker's address space.
         kind: Memory kind at the worker.
         device_id: Device of the memory as the worker counts (0 for DRAM).

@@ -23,19 +23,20 @@ class Slab:
     Args:
         nbytes: At least this many; rounded up to whole pages.
         device: ``cpu`` or a CUDA device.
+        pinned: Of the host's memory: locked, so that a GPU copies from and to it by itself.
 
     Raises:
         RegistrationError: The device has not that much memory left.
     """
 
-    def __init__(self, nbytes: int, device: torch.device) -> None:
+    def __init__(self, nbytes: int, device: torch.device, *, pinned: bool = False) -> None:
         self.nbytes = max(math.ceil(nbytes / ALIGN_NBYTES), 1) * ALIGN_NBYTES
         self.device = device
         self._cuda_addr = 0
         if device.type == "cuda":
             self.data = self._cuda_malloc()
         else:
-            raw = torch.empty(self.nbytes + ALIGN_NBYTES, dtype=torch.uint8)
+            raw = torch.empty(self.nbytes + ALIGN_NBYTES, dtype=torch.uint8, pin_memory=pinned)
             start = -raw.data_ptr() % ALIGN_NBYTES
             self.data = raw[start : start + self.nbytes]
 

@@ -14,6 +14,8 @@ class DescribeReply:
 
     ``dirty``: a push began and did not commit; the live weights may not be whole.
     ``checkpoint``: whether the weights that it started with are on disk, to prove against.
+    ``rollback_to``: the version that a rollback would put back.  ``rolled_back_from``: the newest
+    version that was given up; 0: none.
     """
 
     place: str
@@ -25,6 +27,8 @@ class DescribeReply:
     epoch: int
     pid: int
     checkpoint: bool
+    rollback_to: int | None = None
+    rolled_back_from: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,20 +52,31 @@ class AttachReply:
 
 @dataclass(frozen=True, slots=True)
 class LayoutBody:
-    """Trace and register for this manifest under a new epoch."""
+    """Trace and register for this manifest under a new epoch.
+
+    ``mode`` ``shadow``: what can be written directly gets a shadow on ``shadow_device`` (``same``:
+    where it lies; ``cpu``) of at most ``max_shadow_nbytes``; None: all of it.
+    """
 
     epoch: int
     session: str
     manifest: tuple[TensorSpec, ...]
+    mode: str = "direct"
+    shadow_device: str = "same"
+    max_shadow_nbytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LayoutReply:
-    """Where the bytes go, and how to reach this worker."""
+    """Where the bytes go, and how to reach this worker.
+
+    ``rollback_to``: the version whose bytes are still kept.
+    """
 
     transport: str
     metadata: bytes
     layout: WorkerLayout
+    rollback_to: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +98,15 @@ class ConnectBody:
 
 @dataclass(frozen=True, slots=True)
 class BeginBody:
-    """The engine is paused and the writes come next."""
+    """The writes come next.
+
+    ``live``: the engine is paused, they may land in live memory.
+    """
 
     epoch: int
     version: int
     push_id: str
+    live: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +118,26 @@ class RankDigestsBody:
 
 
 @dataclass(frozen=True, slots=True)
+class PrepareBody:
+    """Check what was written to shadow and staging memory, before the pause; as CommitBody."""
+
+    epoch: int
+    version: int
+    push_id: str
+    ranks: list[RankDigestsBody]
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareReply:
+    """Where the time went."""
+
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class CommitBody:
-    """Check, install, refresh."""
+    """Check, install, refresh.  What was prepared needs no digests."""
 
     epoch: int
     version: int
@@ -114,11 +151,13 @@ class CommitReply:
     """The version that is now real here, and where the time went.
 
     ``epoch_over``: the layout is another one now, the next push needs a new rendezvous.
+    ``rollback_to``: the version that a rollback would put back.
     """
 
     version: int
     seconds: dict[str, float]
     epoch_over: bool = False
+    rollback_to: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +169,30 @@ class AbortBody:
 
 @dataclass(frozen=True, slots=True)
 class AbortReply:
-    """``dirty``: live weights may have been written."""
+    """``dirty``: live weights may have been written.
+
+    ``rollback_to``: the version whose bytes are still kept, all of them.
+    """
 
     dirty: bool
     version: int
+    rollback_to: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RollbackBody:
+    """Put back the bytes of version ``to``."""
+
+    to: int
+
+
+@dataclass(frozen=True, slots=True)
+class RollbackReply:
+    """The version that is real here again, and the newest one that was given up for it."""
+
+    version: int
+    rolled_back_from: int
+    seconds: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)

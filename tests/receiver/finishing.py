@@ -130,7 +130,7 @@ KINDS: dict[str, tuple[Callable[[Linear], object], str]] = {
 
 
 def kind_of(receiver: object, path: str = "lin") -> str:
-    proofs: Proofs = receiver._proofs
+    proofs: Proofs = receiver._attachment.proofs
     return next(u.kind for u in proofs.units if u.path == path)
 
 

@@ -44,7 +44,7 @@ def test_after_a_push_the_engine_serves_what_a_fresh_load_would(name, proof, tmp
     change, kind = KINDS[name]
     adapter = engine(change, tmp_path)
     receiver, trainer = new_pair(adapter, proof=proof)
-    assert receiver._proofs.refusals == {}
+    assert receiver._attachment.proofs.refusals == {}
     assert kind_of(receiver) == kind
     assert kind_of(receiver, "norm") == "direct"
     reply = trainer.rendezvous(weights())
@@ -68,7 +68,7 @@ def test_without_a_checkpoint_the_first_push_proves_the_later_ones(name):
     trainer.push(weights(1), 1)
     assert served(adapter.live) == served(adapter.fresh(weights(1)))
     assert kind_of(receiver) == kind
-    assert receiver._proofs.refusals == {}
+    assert receiver._attachment.proofs.refusals == {}
     trainer.rendezvous(weights(2))
     for version in (2, 3):
         trainer.push(weights(version), version)

@@ -38,7 +38,7 @@ def test_a_live_weight_that_differs_in_one_byte_is_never_direct(name, tmp_path):
     raw = adapter.live.lin.weight.data.view(-1).view(torch.uint8)
     raw[17] ^= 1
     receiver, trainer = new_pair(adapter)
-    assert receiver._proofs.mode("lin.weight") == "refused"
+    assert receiver._attachment.proofs.mode("lin.weight") == "refused"
     with pytest.raises(RefusedError, match=r"another weight than the engine serves"):
         trainer.rendezvous(weights())
 
@@ -151,7 +151,7 @@ def test_a_module_under_two_paths_is_finished_once(tmp_path):
         Shared, start=start, finish=on_linear(repack_in_new_memory), folder=tmp_path
     )
     receiver, trainer = new_pair(adapter)
-    assert [u.path for u in receiver._proofs.units] == ["first"]
+    assert [u.path for u in receiver._attachment.proofs.units] == ["first"]
     trainer.rendezvous(start)
     new = {"first.weight": random_like(torch.float32, 6, 6, seed=9)}
     trainer.push(new, 1)

@@ -23,6 +23,8 @@ from weightsync.worker_messages import (
     ConnectBody,
     LayoutBody,
     LayoutReply,
+    PrepareBody,
+    PrepareReply,
     RankDigestsBody,
     RankWrites,
 )
@@ -206,11 +208,17 @@ class Trainer:
         self.fabric = fabric
         self.rank = rank
         self.epoch = 0
+        self.mode = "direct"
+        self.max_shadow_nbytes: int | None = None
 
     def rendezvous(self, weights: Weights) -> LayoutReply:
         self.epoch += 1
         manifest = manifest_of(weights)
-        reply = self.receiver.layout(LayoutBody(self.epoch, "session", manifest.tensors))
+        reply = self.receiver.layout(LayoutBody(
+                self.epoch, "session", manifest.tensors,
+                mode=self.mode, max_shadow_nbytes=self.max_shadow_nbytes,
+            )
+        )  # fmt: skip
         self.plan = build_plan(manifest, [reply.layout], allow_skipped=["*"])
         self.slab = torch.zeros(max(1, self.plan.slot_nbytes), dtype=torch.uint8)
         self.transport = InMemoryTransport(self.fabric)
@@ -251,8 +259,17 @@ class Trainer:
         self.transport.post(self.write, f"ws:{self.epoch}:{version}:{self.rank}".encode())
         self.transport.wait([self.write], timeout_s=5)
 
-    def begin(self, version: int, push_id: str = "") -> None:
-        self.receiver.begin(BeginBody(self.epoch, version, push_id or f"push-{version}"))
+    def begin(self, version: int, push_id: str = "", *, live: bool = True) -> None:
+        push_id = push_id or f"push-{version}"
+        self.receiver.begin(BeginBody(self.epoch, version, push_id, live))
+
+    def prepare(
+        self, version: int, digests: list[bytes], *, timeout_s: float = 5.0
+    ) -> PrepareReply:
+        ranks = [RankDigestsBody(self.rank, digests)]
+        return self.receiver.prepare(
+            PrepareBody(self.epoch, version, f"push-{version}", ranks, timeout_s)
+        )
 
     def commit(
         self, version: int, digests: list[bytes], *, push_id: str = "", timeout_s: float = 5.0

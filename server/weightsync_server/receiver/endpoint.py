@@ -26,6 +26,8 @@ from weightsync.worker_messages import (
     CommitBody,
     ConnectBody,
     LayoutBody,
+    PrepareBody,
+    RollbackBody,
     VerifyBody,
 )
 from weightsync_server.engines.base import EngineAdapter
@@ -132,10 +134,14 @@ class WorkerEndpoint:
                 return r.connect(unpack(own, ConnectBody))
             case "begin":
                 return r.begin(unpack(own, BeginBody))
+            case "prepare":
+                return r.prepare(unpack(own, PrepareBody))
             case "commit":
                 return r.commit(unpack(own, CommitBody))
             case "abort":
                 return r.abort(unpack(own, AbortBody))
+            case "rollback":
+                return r.rollback(unpack(own, RollbackBody))
             case "close":
                 return r.close()
             case "checksums":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 
 from weightsync import digest
 from weightsync.coverage import check_writes
@@ -12,6 +13,7 @@ from weightsync.transport.base import Transport
 from weightsync.worker_messages import (
     BeginBody,
     CommitBody,
+    PrepareBody,
     RankDigestsBody,
     RankWrites,
 )
@@ -19,6 +21,9 @@ from weightsync_server.receiver.target import Target
 from weightsync_server.receiver.units import Proofs
 
 _POLL_S = 0.0005
+#: regions that may be written while the engine serves (WS-1), and all of them
+APART = frozenset({"shadow", "staged"})
+ALL = APART | {"direct"}
 
 
 class Epoch:
@@ -30,6 +35,7 @@ class Epoch:
         target: Where it lands.
         proofs: How it gets from there into the kernel tensors; None: nothing was proven.
         transport: Its memory is registered; closed with the epoch.
+        shadowed: Whether a commit exchanges what serves with a shadow of it.
     """
 
     def __init__(
@@ -39,13 +45,19 @@ class Epoch:
         target: Target,
         proofs: Proofs | None,
         transport: Transport,
+        *,
+        shadowed: bool = False,
     ) -> None:
         self.number = number
         self.manifest = manifest
         self.target = target
         self.proofs = proofs
         self.transport = transport
+        self.shadowed = shadowed
         self.pushing: BeginBody | None = None
+        #: what was written to shadow and staging memory is checked, and belongs to `pushing`
+        self.prepared = False
+        self._modes = [r.mode for r in target.layout.regions]
         self._writes: dict[int, list[tuple[int, int, int]]] = {}
         self._peers: dict[int, str] = {}
         self._seen: set[tuple[str, bytes]] = set()
@@ -68,10 +80,15 @@ class Epoch:
         peers = {r.rank: self.transport.add_peer(r.metadata) for r in ranks if r.writes}
         self._peers, self._writes = peers, {rank: writes[rank] for rank in peers}
         # compile the kernel now, not while the engine stands still at the first commit
-        digest.digests([self.target.piece(*declared[0]) for declared in self._writes.values()])
+        self._digests([w[0] for w in self._writes.values()], shadow=True)
 
-    def begin(self, body: BeginBody) -> bool:
-        """Expect a version; False: this very push has begun already.
+    @property
+    def exposed(self) -> bool:
+        """Whether some writes land in live memory."""
+        return "direct" in self._modes
+
+    def begin(self, body: BeginBody) -> None:
+        """Expect a version; a repeat changes nothing.
 
         Raises:
             NoSessionError: No rank is connected.
@@ -80,34 +97,47 @@ class Epoch:
         """
         if not self._writes:
             raise NoSessionError("no rank is connected", hint="call /connect first")
-        if body == self.pushing:
-            return False
+        if self.is_pushing(body.version, body.push_id):
+            return
         if body.version <= self._begun:
             raise StaleEpochError(
                 f"version {body.version} was begun in epoch {self.number} before",
                 hint="make a new rendezvous: its writers' messages would count for this push",
             )
-        self.pushing, self._begun = body, body.version
-        return True
+        self.pushing, self._begun, self.prepared = body, body.version, False
+        self._seen.clear()
 
-    def wait_for_writers(self, body: CommitBody) -> None:
+    def is_pushing(self, version: int, push_id: str) -> bool:
+        """Whether that push has begun that version here, and has not ended."""
+        return self.pushing is not None and (
+            (self.pushing.version, self.pushing.push_id) == (version, push_id)
+        )
+
+    def wait_for_writers(self, body: CommitBody | PrepareBody) -> None:
         """Wait until every rank's notification of this version is there.
+
+        Before the pause (``PrepareBody``) a rank that also writes to live memory has a message of
+        its own for what it has written so far.
 
         Raises:
             DeadlineError: ``body.timeout_s`` is over; the message names the ranks.
         """
         # a rank is believed through its own transport only
-        want = {
-            (peer, f"ws:{self.number}:{body.version}:{rank}".encode()): rank
-            for rank, peer in self._peers.items()
-        }
+        want = {}
+        for rank, peer in self._peers.items():
+            modes = {self._modes[region] for region, _, _ in self._writes[rank]}
+            kind = "ws"
+            if isinstance(body, PrepareBody) and "direct" in modes:
+                if modes == {"direct"}:
+                    continue
+                kind = "shadow"
+            want[peer, f"{kind}:{self.number}:{body.version}:{rank}".encode()] = rank
         deadline = time.monotonic() + body.timeout_s
         while True:
             for peer, messages in self.transport.notifications().items():
                 self._seen.update((peer, message) for message in messages)
             absent = [rank for message, rank in want.items() if message not in self._seen]
             if not absent:
-                self._seen.clear()
                 return
             if not time.monotonic() < deadline:  # a NaN deadline is over, too (WS-6)
                 raise DeadlineError(
@@ -119,8 +149,15 @@ class Epoch:
                 )
             time.sleep(_POLL_S)
 
-    def mismatches(self, ranks: list[RankDigestsBody]) -> dict[int, list[tuple[int, int, int]]]:
+    def mismatches(
+        self, ranks: list[RankDigestsBody], modes: Collection[str], *, shadow: bool = True
+    ) -> dict[int, list[tuple[int, int, int]]]:
         """The writes of each rank whose bytes in memory are not those that it sent.
+
+        Args:
+            ranks: The digests of all that they sent.
+            modes: Of the regions to look at.
+            shadow: Look at shadows; else at what serves.
 
         Raises:
             VerifyError: Digests are missing.
@@ -128,23 +165,35 @@ class Epoch:
         sent = {r.rank: r.digests for r in ranks}
         found = {}
         for rank, writes in self._writes.items():
+            if not any(self._modes[w[0]] in modes for w in writes):
+                continue
             want = sent.get(rank, [])
             if len(want) != len(writes):
                 raise VerifyError(
                     f"rank {rank} sent {len(want)} digests for {len(writes)} writes",
                     hint="trainer and agent must have the same version",
                 )
-            got = digest.digests([self.target.piece(*w) for w in writes])
-            found[rank] = [w for w, a, b in zip(writes, got, want, strict=True) if a != b]
+            here = [(w, d) for w, d in zip(writes, want, strict=True) if self._modes[w[0]] in modes]
+            got = self._digests([w for w, _ in here], shadow=shadow)
+            found[rank] = [w for (w, a), b in zip(here, got, strict=True) if a != b]
         return found
 
-    def check_digests(self, body: CommitBody) -> None:
-        """Compare what is in memory with what the ranks sent.
+    def _digests(self, writes: list[tuple[int, int, int]], *, shadow: bool) -> list[bytes]:
+        """One a write.  Buffers may lie in host memory while the live tensors are on a GPU."""
+        pieces = [self.target.piece(*w, shadow=shadow) for w in writes]
+        made: dict[int, bytes] = {}
+        for device in {p.device for p in pieces}:
+            of_device = [k for k, p in enumerate(pieces) if p.device == device]
+            made |= zip(of_device, digest.digests([pieces[k] for k in of_device]), strict=True)
+        return [made[k] for k in range(len(pieces))]
+
+    def check_digests(self, ranks: list[RankDigestsBody], modes: Collection[str]) -> None:
+        """Compare what has landed in regions of these modes with what the ranks sent.
 
         Raises:
             VerifyError: It differs.
         """
-        for rank, bad in self.mismatches(body.ranks).items():
+        for rank, bad in self.mismatches(ranks, modes).items():
             if bad:
                 writes = self._writes[rank]
                 region = self.target.layout.regions[bad[0][0]].name

@@ -92,10 +92,10 @@ class Prover:
         """Names of all tensors that a load could fill."""
         return {name for owned in self._owned.values() for name in owned.values()}
 
-    def empty(self, tensor: str) -> torch.Tensor:
-        """A zeroed buffer in load format on the engine's device."""
-        like = self.load_format(tensor)
-        return torch.zeros(like.shape, dtype=like.dtype, device=self.adapter.device)
+    def empty(self, tensor: str, device: torch.device | None = None) -> torch.Tensor:
+        """A zeroed buffer in load format, by default on the engine's device."""
+        like, device = self.load_format(tensor), self.adapter.device if device is None else device
+        return torch.zeros(like.shape, dtype=like.dtype, device=device)
 
     def finished(
         self, unit: Unit, tensors: Mapping[str, torch.Tensor], given: Given

@@ -9,24 +9,19 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 import uuid
 from collections.abc import Callable
 
-import torch
-
-from weightsync.checkpoint import Checkpoint
 from weightsync.errors import (
-    EngineError,
-    InputError,
     LayoutError,
+    NoPreviousError,
     NoSessionError,
     PushInProgressError,
     StaleEpochError,
     StaleVersionError,
 )
 from weightsync.manifest import Manifest
-from weightsync.transport.base import LocalMemory, Transport
+from weightsync.transport.base import Transport
 from weightsync.worker_messages import (
     AbortBody,
     AbortReply,
@@ -40,16 +35,22 @@ from weightsync.worker_messages import (
     DescribeReply,
     LayoutBody,
     LayoutReply,
+    PrepareBody,
+    PrepareReply,
+    RollbackBody,
+    RollbackReply,
     VerifyBody,
     VerifyReply,
 )
 from weightsync_server.engines.base import EngineAdapter
-from weightsync_server.receiver.epoch import Epoch
-from weightsync_server.receiver.install import Given, materialise, transplant
-from weightsync_server.receiver.kernel import Identity, check_identities, same_bytes, tensor_at
+from weightsync_server.receiver.attachment import Attachment
+from weightsync_server.receiver.epoch import ALL, APART, Epoch
+from weightsync_server.receiver.history import History
+from weightsync_server.receiver.installer import install, install_through_loader, unproven
+from weightsync_server.receiver.laps import Laps
 from weightsync_server.receiver.oracle import checksums
 from weightsync_server.receiver.proof import Prover
-from weightsync_server.receiver.target import Copies, Target, copies_by_tensor
+from weightsync_server.receiver.target import Target, copies_by_tensor
 from weightsync_server.receiver.tracer import trace
 from weightsync_server.receiver.units import Proofs
 from weightsync_server.receiver.verify import differences
@@ -72,11 +73,12 @@ class Receiver:
         self.dirty = False
         self._new_transport = new_transport
         self._prover = Prover(adapter)
-        self._reference: Copies | None = None
-        self._proofs: Proofs | None = None
-        self._identities: dict[str, Identity] = {}
+        self._attachment = Attachment(adapter, self._prover)
         self._epoch: Epoch | None = None
         self._committed: tuple[str, CommitReply] | None = None
+        self._history = History(adapter, self._prover)
+        self._rolled_back_from = 0
+        self._newest_begun = 0
 
     # ------------------------------------------------------------------ attach
 
@@ -92,63 +94,19 @@ class Receiver:
             epoch=0 if self._epoch is None else self._epoch.number,
             pid=os.getpid(),
             checkpoint=self.adapter.checkpoint() is not None,
+            rollback_to=self._history.rollback_to,
+            rolled_back_from=self._rolled_back_from,
         )
 
     def attach(self, body: AttachBody) -> AttachReply:
-        """Prove how bytes may reach the kernel tensors; ``full`` compares all bytes, and anew.
-
-        Weights that came from a push cannot be compared with the checkpoint any more; proofs that
-        hold by identity are kept, and else the next push proves (see ``_first_install``).
-        """
-        start = time.perf_counter()
+        """Prove how bytes may reach the kernel tensors.  See :class:`Attachment`."""
         self._drop_moved()
-        self._prove_by_checkpoint(full=body.proof == "full")
-        warnings: list[str] = []
-        if self._proofs is None:
-            warnings.append(
-                "the live weights are on no disk to compare with: the next push is installed "
-                "through the engine's own loader, and proves the ones after it"
-            )
-        proofs = self._proofs or Proofs()
-        names = {n for u in proofs.units for n in u.params.values()}
-        return AttachReply(
-            kernel_tensors=len(names),
-            direct=sum(proofs.mode(n) == "direct" for n in names),
-            staged=sum(proofs.mode(n) == "staged" for n in names),
-            refusals=sorted(proofs.refusals.items()),
-            warnings=warnings,
-            seconds={"attach": time.perf_counter() - start},
-        )
+        return self._attachment.attach(full=body.proof == "full", pushed=self._pushed)
 
-    def _prove_by_checkpoint(self, *, full: bool) -> None:
-        """Prove against the checkpoint on disk, where that still is what the engine serves."""
-        folder = self.adapter.checkpoint()
-        if folder is None or self.version or self.dirty or (self._proofs is not None and not full):
-            return
-        try:
-            checkpoint = Checkpoint(folder)
-            manifest = checkpoint.manifest()
-        except InputError as error:
-            raise EngineError(
-                error.message,
-                hint="the engine's weights are proven against it: mend it, or start the engine "
-                "from another",
-            ) from error
-        self._reference = copies_by_tensor(
-            trace(self.adapter.new_twin(), self.adapter.load, manifest)
-        )
-        self._accept(self._prover.prove(self._reference, checkpoint.flat, full=full))
-
-    def _accept(self, proofs: Proofs) -> None:
-        """Keep proofs, and by what they hold: direct tensors stay where they are."""
-        self._proofs = proofs
-        self._identities = {}
-        for unit in proofs.units:
-            module = f"{unit.path}." if unit.path else ""
-            for leaf, name in unit.params.items():
-                t = tensor_at(self.adapter.live, module + leaf)
-                if proofs.mode(name) == "direct" and t is not None:
-                    self._identities[module + leaf] = Identity.of(t)
+    @property
+    def _pushed(self) -> bool:
+        """Whether what is served is other than what the engine was started with."""
+        return bool(self.version or self.dirty)
 
     def _check_place(self) -> None:
         """Check identities; what moved ends the epoch and its proofs.
@@ -157,9 +115,9 @@ class Receiver:
             IdentityError: A kernel tensor moved.
         """
         try:
-            check_identities(self.adapter.live, self._identities)
+            self._attachment.check_place()
         except LayoutError:
-            self._proofs, self._identities = None, {}
+            self._history.drop()
             self.close()
             raise
 
@@ -181,33 +139,34 @@ class Receiver:
         """
         self.close()
         self._drop_moved()
-        self._prove_by_checkpoint(full=False)
+        self._attachment.prove_by_checkpoint(full=False, pushed=self._pushed)
         manifest = Manifest(body.manifest)
         traced = trace(self.adapter.new_twin(), self.adapter.load, manifest)
-        proofs = self._proofs
+        proofs = self._attachment.proofs
+        how = unproven(self._prover, copies_by_tensor(traced)) if proofs is None else proofs
         target = Target(
             self.adapter.place,
             self._prover,
             traced,
-            self._unproven(copies_by_tensor(traced)) if proofs is None else proofs,
+            how,
             manifest,
-            self._reference,
+            self._attachment.reference,
+            shadow_of=self._history.shadow_of(body, how),
+            device=self._history.device(body),
         )
         transport = self._new_transport()
         try:
-            transport.register(
-                [
-                    LocalMemory(r.addr, r.nbytes, r.kind, r.device_id)
-                    for r in target.layout.regions
-                    if r.nbytes
-                ]
-            )
+            transport.register(target.local_memory())
             metadata = transport.metadata()
         except BaseException:
             transport.close()
             raise
-        self._epoch = Epoch(body.epoch, manifest, target, proofs, transport)
-        return LayoutReply(type(transport).__name__, metadata, target.layout)
+        self._epoch = Epoch(
+            body.epoch, manifest, target, proofs, transport, shadowed=body.mode == "shadow"
+        )
+        return LayoutReply(
+            type(transport).__name__, metadata, target.layout, self._history.rollback_to
+        )
 
     def connect(self, body: ConnectBody) -> None:
         """Take in the writing ranks and prove that together they write every byte once (WS-7)."""
@@ -229,7 +188,7 @@ class Receiver:
     # ------------------------------------------------------------------ one push
 
     def begin(self, body: BeginBody) -> None:
-        """The engine is paused: check identities, then expect bytes for ``body.version``.
+        """Expect bytes for ``body.version``: in live memory too, if ``live`` (WS-1).
 
         Raises:
             IdentityError: A kernel tensor moved.
@@ -237,21 +196,58 @@ class Receiver:
             StaleEpochError: The epoch is over, or the version was begun in it before.
         """
         epoch = self._current(body.epoch)
-        if body.version < self.version or (body.version == self.version and not self.dirty):
+        newest = max(self.version, self._rolled_back_from)
+        if body.version < newest or (body.version == newest and not self.dirty):
             raise StaleVersionError(
-                f"version {body.version} is not newer than {self.version} at {self.adapter.place}",
+                f"version {body.version} is not newer than {newest} at {self.adapter.place}",
                 hint="versions only grow",
             )
-        self.adapter.synchronize()
+        if body.live:
+            self.adapter.synchronize()
         self._check_place()
-        if epoch.begin(body):
-            # from here on a write may land in live memory at any time (WS-4)
-            self.dirty = self.dirty or len(epoch.target.staged) < len(epoch.target.memory)
+        if not epoch.is_pushing(body.version, body.push_id):
+            epoch.begin(body)
+            self._newest_begun = max(self._newest_begun, body.version)
+            self._history.forget(shadowed=epoch.shadowed)
+        # from here on a write may land in live memory at any time (WS-4)
+        self.dirty = self.dirty or (body.live and epoch.exposed)
+
+    def _pushing(self, body: PrepareBody | CommitBody) -> Epoch:
+        epoch = self._current(body.epoch)
+        if not epoch.is_pushing(body.version, body.push_id):
+            raise NoSessionError(
+                f"push {body.push_id} of version {body.version} was never begun at "
+                f"{self.adapter.place}",
+                hint="call /begin_update first",
+            )
+        return epoch
+
+    def prepare(self, body: PrepareBody) -> PrepareReply:
+        """Check what was written beside the live tensors, so that the pause need not wait for it.
+
+        The engine may serve.  A repeat checks nothing again.
+
+        Raises:
+            DeadlineError: A writer did not report this version in time.
+            VerifyError: A digest differs.
+        """
+        epoch, laps = self._pushing(body), Laps()
+        if epoch.prepared:
+            return PrepareReply({})
+        epoch.wait_for_writers(body)
+        laps.end("writers")
+        epoch.check_digests(body.ranks, APART)
+        laps.end("digest")
+        if epoch.shadowed and epoch.proofs is not None:
+            self._history.copy(epoch.proofs)
+        epoch.prepared = True
+        laps.end("keep")
+        return PrepareReply(laps.seconds)
 
     def commit(self, body: CommitBody) -> CommitReply:
         """Wait for every writer, compare digests, install, refresh; then the version is real.
 
-        A repeat of the last commit gets the same answer.
+        What was prepared is not looked at again.  A repeat of the last commit gets the same answer.
 
         Raises:
             DeadlineError: A writer did not report this version in time.
@@ -265,73 +261,56 @@ class Receiver:
             and not self.dirty
         ):
             return self._committed[1]
-        epoch = self._current(body.epoch)
-        if epoch.pushing != BeginBody(body.epoch, body.version, body.push_id):
-            raise NoSessionError(
-                f"push {body.push_id} of version {body.version} was never begun at "
-                f"{self.adapter.place}",
-                hint="call /begin_update first",
-            )
-        marks = [time.perf_counter()]
-        epoch.wait_for_writers(body)
-        marks.append(time.perf_counter())
-        epoch.check_digests(body)
-        marks.append(time.perf_counter())
+        epoch, laps = self._pushing(body), Laps()
+        if epoch.exposed or not epoch.prepared:
+            epoch.wait_for_writers(body)
+        laps.end("writers")
+        if epoch.exposed or not epoch.prepared:
+            epoch.check_digests(body.ranks, {"direct"} if epoch.prepared else ALL)
+        laps.end("digest")
         # the digests are of the registered memory: is it still what the engine serves with?
         self._check_place()
         if epoch.proofs is None:
             self._first_install(epoch)
         else:
-            self._install(epoch.target, epoch.proofs)
-        marks.append(time.perf_counter())
+            self._install(epoch, epoch.proofs)
+        laps.end("install")
         self.adapter.refresh()
         self.adapter.synchronize()
+        self._history.settle()
         self.version, self.dirty, epoch.pushing = body.version, False, None
-        marks.append(time.perf_counter())
+        laps.end("refresh")
         first = epoch.proofs is None
         if first:
             self.close()  # the layout is another one now: the next push makes a new rendezvous
-        parts = ("writers", "digest", "install", "refresh")
-        seconds = {p: b - a for p, a, b in zip(parts, marks, marks[1:], strict=False)}
-        self._committed = body.push_id, CommitReply(body.version, seconds, epoch_over=first)
+        self._committed = (
+            body.push_id,
+            CommitReply(
+                body.version,
+                laps.seconds,
+                epoch_over=first,
+                rollback_to=self._history.rollback_to,
+            ),
+        )
         return self._committed[1]
 
-    def _install(self, target: Target, proofs: Proofs) -> None:
+    def _install(self, epoch: Epoch, proofs: Proofs) -> None:
+        self.adapter.synchronize()
+        # torn if it ends in the middle: the shadow's bytes are whole and checked, the engine is
+        # paused, but half of them are live (WS-4)
+        whole = not (self.dirty or epoch.exposed)
         self.dirty = True
-        for unit in proofs.units:
-            if unit.kind != "direct":
-                # renewed: finishing leaves the live memory alone, and may go on referring to it
-                given: Given = "share" if unit.kind == "renewed" else "copy"
-                made, live = self._prover.finished(unit, target.memory, given)
-                transplant(live, made, replaceable=self.adapter.replaceable)
+        self._history.exchange(self.version, proofs, whole=whole)
+        install(self.adapter, self._prover, epoch.target, proofs)
 
     def _first_install(self, epoch: Epoch) -> None:
         """Nothing was proven: install through the engine's own loader, and prove by the result."""
         target = epoch.target
-        rebuilt = target.rebuild(epoch.manifest)
-        twin = self.adapter.new_twin()
-        materialise(twin, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=self.adapter.device))
-        self.adapter.load(
-            twin, [(t.name, rebuilt[t.name].reshape(t.shape)) for t in epoch.manifest]
-        )
-        for name, staged in target.memory.items():
-            loaded = tensor_at(twin, name)
-            if loaded is None or not same_bytes(loaded, staged):
-                raise LayoutError(
-                    f"the engine's loader makes another {name} than its trace predicted",
-                    hint="this model cannot be pushed; the engine keeps its weights",
-                    tensor=name,
-                )
-        del twin
-        self._install(target, self._unproven(target.copies))
-        self._reference = target.copies
-        self._accept(self._prover.prove(target.copies, rebuilt.__getitem__, full=False))
-
-    def _unproven(self, copies: Copies) -> Proofs:
-        proofs = self._prover.guess(copies)
-        for unit in proofs.units:
-            unit.kind = "staged"
-        return proofs
+        rebuilt = install_through_loader(self.adapter, self._prover, target, epoch.manifest)
+        self.dirty = True
+        install(self.adapter, self._prover, target, unproven(self._prover, target.copies))
+        self._attachment.reference = target.copies
+        self._attachment.accept(self._prover.prove(target.copies, rebuilt.__getitem__, full=False))
 
     def abort(self, body: AbortBody) -> AbortReply:
         """Give a push up.  ``dirty`` stays until a whole push: writes may have landed."""
@@ -339,7 +318,36 @@ class Receiver:
             logger.warning("push %s of version %d is aborted", push.push_id, push.version)
             # a late write of this epoch must find nothing that a later push trusts (WS-8)
             self.close()
-        return AbortReply(self.dirty, self.version)
+        return AbortReply(self.dirty, self.version, self._history.rollback_to)
+
+    def rollback(self, body: RollbackBody) -> RollbackReply:
+        """The engine is paused: serve the version before, byte for byte (WS-1).
+
+        Also after a commit that failed half way.  A repeat gets the same answer.
+
+        Raises:
+            NoPreviousError: That version is not kept; nothing was changed.
+            IdentityError: A kernel tensor moved: the same.
+        """
+        laps = Laps()
+        if not (self.version == body.to < self._rolled_back_from and not self.dirty):
+            self.adapter.synchronize()
+            self._check_place()
+            given_up = max(self.version, self._newest_begun)
+            was, self.dirty = self.dirty, True
+            try:
+                self._history.put_back(body.to)
+            except NoPreviousError:
+                self.dirty = was
+                raise
+            laps.end("install")
+            self.adapter.refresh()
+            self.adapter.synchronize()
+            # versions only grow: whatever comes next is newer than what was given up
+            self._rolled_back_from = max(self._rolled_back_from, given_up)
+            self.version, self.dirty, self._committed = body.to, False, None
+        laps.end("refresh")
+        return RollbackReply(self.version, self._rolled_back_from, laps.seconds)
 
     def close(self) -> None:
         """End the epoch: drop peers, registrations, staging."""
@@ -356,7 +364,9 @@ class Receiver:
             LayoutError: A weight is in no tensor and cannot be read back.
         """
         # without proofs the prover looks at every module that could own a weight
-        proofs = self._proofs or self._prover.guess(dict.fromkeys(self._prover.tensors(), ()))
+        proofs = self._attachment.proofs or self._prover.guess(
+            dict.fromkeys(self._prover.tensors(), ())
+        )
         return ChecksumsReply(checksums(self._prover, proofs.units))
 
     def verify(self, body: VerifyBody) -> VerifyReply:
@@ -374,6 +384,6 @@ class Receiver:
             )
         self._check_place()
         self.adapter.synchronize()
-        proofs = epoch.proofs or self._unproven(epoch.target.copies)
+        proofs = epoch.proofs or unproven(self._prover, epoch.target.copies)
         found = differences(epoch, proofs, self._prover, body.ranks)
         return VerifyReply(len(epoch.target.memory), sorted(found.items()))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from weightsync.errors import LayoutError, ManifestError, RefusedError
-from weightsync.layout import CopyRecord, KernelRegion, WorkerLayout, WorkerPlace
+from weightsync.layout import CopyRecord, KernelRegion, Mode, WorkerLayout, WorkerPlace
 from weightsync.manifest import Manifest
+from weightsync.transport.base import LocalMemory
 from weightsync_server.receiver.coverage import complement, intervals, last_write_wins, within
 from weightsync_server.receiver.kernel import flat_bytes, tensor_at, view
 from weightsync_server.receiver.proof import Prover
 from weightsync_server.receiver.regions import TracedCopy
+from weightsync_server.receiver.shadow import Shadow
 from weightsync_server.receiver.tracer import Trace
 from weightsync_server.receiver.units import Proofs
 
@@ -31,6 +35,20 @@ def _castable(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and _FLOAT8 not in str(dtype)
 
 
+def _memory(prover: Prover, proofs: Proofs, name: str, device: torch.device | None) -> torch.Tensor:
+    """The live tensor where it can be written directly, else a buffer in load format."""
+    if proofs.mode(name) != "direct":
+        return prover.empty(name, device)
+    live = tensor_at(prover.adapter.live, name)
+    if live is None:
+        raise LayoutError(
+            f"kernel tensor {name} is gone from the live engine",
+            hint="attach to the engine again",
+            tensor=name,
+        )
+    return live.data
+
+
 class Target:
     """Where one epoch's bytes land.
 
@@ -42,10 +60,19 @@ class Target:
         manifest: The trainer's manifest.
         reference: The load of the engine's own checkpoint, where there is one: what it leaves
             alone may stay untouched.
+        shadow_of: Makes the shadow of live tensors, or of some of them; None: there is none.
+        device: Where buffers lie; None: where the engine's weights do.
+
+    Attributes:
+        memory: By kernel tensor: the live tensor, or the buffer that is installed from.
+        landing: The same where the writes land: a shadow, where there is one.
+        copies: By kernel tensor, what the loader copies into it.
+        layout: What the trainer is told.
 
     Raises:
         ManifestError: Tensors are missing, or a dtype cannot be cast to the engine's.
         RefusedError: A tensor of the manifest lands in one that was refused.
+        HeadroomError: See :class:`weightsync_server.receiver.shadow.Shadow`.
     """
 
     def __init__(
@@ -56,6 +83,9 @@ class Target:
         proofs: Proofs,
         manifest: Manifest,
         reference: Copies | None,
+        *,
+        shadow_of: Callable[[dict[str, torch.Tensor]], Shadow] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.copies = copies_by_tensor(trace)
         known = {name for unit in proofs.units for name in unit.params.values()}
@@ -70,33 +100,29 @@ class Target:
                 hint="they cannot be written safely; the engine keeps its weights",
                 refusals=[{"tensor": n, "reason": refused[n]} for n in names],
             )
-        self.memory: dict[str, torch.Tensor] = {}
-        self.staged: set[str] = set()
         self._check_dtypes(prover, manifest)
         untouched = self._untouched(prover, trace, manifest, reference)
+        self.memory = {name: _memory(prover, proofs, name, device) for name in self.copies}
+        self.staged = {n for n in self.memory if proofs.mode(n) != "direct"}
+        self.landing = dict(self.memory)
+        self._slab: LocalMemory | None = None
+        if shadow_of is not None:
+            shadow = shadow_of({n: t for n, t in self.memory.items() if n not in self.staged})
+            self.landing |= shadow.memory
+            self._slab = shadow.slab.memory
+            for name in shadow.memory:
+                shadow.take_over(name, untouched[name])
         regions, records = [], []
         for index, name in enumerate(self.copies):
-            like = prover.load_format(name)
-            if proofs.mode(name) == "direct":
-                live = tensor_at(prover.adapter.live, name)
-                if live is None:
-                    raise LayoutError(
-                        f"kernel tensor {name} is gone from the live engine",
-                        hint="attach to the engine again",
-                        tensor=name,
-                    )
-                self.memory[name] = live.data
-            else:
-                self.memory[name] = prover.empty(name)
-                self.staged.add(name)
-            memory = self.memory[name]
+            like, memory = prover.load_format(name), self.landing[name]
+            mode: Mode = "shadow" if memory is not self.memory[name] else "direct"
             regions.append(
                 KernelRegion(
                     name=name,
                     dtype=str(like.dtype).removeprefix("torch."),
                     shape=tuple(like.shape),
                     nbytes=memory.numel() * memory.element_size(),
-                    mode="staged" if name in self.staged else "direct",
+                    mode="staged" if name in self.staged else mode,
                     addr=memory.data_ptr(),
                     kind="VRAM" if memory.is_cuda else "DRAM",
                     device_id=memory.device.index or 0 if memory.is_cuda else 0,
@@ -175,9 +201,19 @@ class Target:
             )
         return found
 
-    def piece(self, region: int, offset: int, nbytes: int) -> torch.Tensor:
-        """Bytes of a region, as flat uint8 in place."""
-        memory = self.memory[self.layout.regions[region].name]
+    def local_memory(self) -> list[LocalMemory]:
+        """What has to be registered: every region, those in the shadow as one."""
+        apart = [
+            LocalMemory(r.addr, r.nbytes, r.kind, r.device_id)
+            for r in self.layout.regions
+            if r.nbytes and (r.mode != "shadow" or self._slab is None)
+        ]
+        return apart if self._slab is None else [*apart, self._slab]
+
+    def piece(self, region: int, offset: int, nbytes: int, *, shadow: bool = True) -> torch.Tensor:
+        """Bytes of a region, as flat uint8 in place; not ``shadow``: of what serves instead."""
+        name = self.layout.regions[region].name
+        memory = self.landing[name] if shadow else self.memory[name]
         return flat_bytes(memory)[offset : offset + nbytes]
 
     def rebuild(self, manifest: Manifest) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from weightsync.errors import LayoutError, VerifyError
 from weightsync.worker_messages import RankDigestsBody
-from weightsync_server.receiver.epoch import Epoch
+from weightsync_server.receiver.epoch import ALL, Epoch
 from weightsync_server.receiver.proof import Prover
 from weightsync_server.receiver.units import Proofs
 
@@ -14,8 +14,9 @@ def differences(
 ) -> dict[str, str]:
     """What is other in each kernel tensor than a push of this epoch would leave there.
 
-    A direct tensor is compared by digests.  What is staged has been written to its buffer, which
-    is post-processed and compared as in a proof, and so is what was made beside a direct tensor.
+    What is written directly or through a shadow is compared by digests of what serves.  What is
+    staged has been written to its buffer, which is post-processed and compared as in a proof, and
+    so is what was made beside a direct tensor.
 
     Raises:
         VerifyError: A buffer holds other bytes than were sent: nothing can be said.
@@ -23,7 +24,7 @@ def differences(
     target = epoch.target
     regions = target.layout.regions
     other: dict[str, str] = {}
-    for rank, writes in epoch.mismatches(sent).items():
+    for rank, writes in epoch.mismatches(sent, ALL, shadow=False).items():
         for region, offset, nbytes in writes:
             name = regions[region].name
             if name in target.staged:
@@ -39,7 +40,8 @@ def differences(
         if unit.kind == "direct" or other.keys() & names:
             continue
         try:
-            what = prover.difference(unit, target.memory, "copy", full=True)
+            given = {name: target.memory[name].to(prover.adapter.device) for name in names}
+            what = prover.difference(unit, given, "copy", full=True)
         except LayoutError as error:
             what = error.message
         if what:
