@@ -24,6 +24,8 @@ _MAX_RANKS = 1 << 20
 Rank = Annotated[int, Field(ge=0, lt=_MAX_RANKS)]
 Version = Annotated[int, Field(ge=0, lt=1 << 62)]
 PauseMode = Literal["keep", "wait", "abort"]
+#: whether a push lands in live memory or beside it
+PushMode = Literal["direct", "shadow"]
 
 
 class Message(BaseModel):
@@ -77,7 +79,8 @@ class ResumeRequest(Message):
 class InitTransferRequest(Message):
     """``POST /init_transfer``: rendezvous, round 1.
 
-    ``manifest`` is either plain JSON or packed ``tuple[TensorSpec, ...]``.
+    ``manifest`` is either plain JSON or packed ``tuple[TensorSpec, ...]``.  ``mode`` ``shadow``:
+    what could land in live memory lands in a copy of it.
     """
 
     protocol_version: int
@@ -85,6 +88,7 @@ class InitTransferRequest(Message):
     manifest: ManifestModel | Packed
     world_size: Annotated[int, Field(ge=1, le=_MAX_RANKS)] = 1
     timeout_s: Seconds = 300.0
+    mode: PushMode = "direct"
 
 
 class WorkerOffer(Message):
@@ -97,6 +101,7 @@ class WorkerOffer(Message):
     direct: int
     staged: int
     nbytes: int
+    shadow: int = 0
 
 
 class InitTransferResponse(Message):
@@ -131,13 +136,18 @@ class ConnectRequest(Message):
 
 
 class BeginRequest(Message):
-    """``POST /begin_update``: the engine is paused; the writes come next."""
+    """``POST /begin_update``: the writes come next.
+
+    ``mode`` ``direct``: the engine is paused.  ``shadow``: it may serve on; what is written before
+    the pause goes to shadow and staging memory alone.
+    """
 
     session: Id
     epoch: int
     push_id: Id
     version: Version
     timeout_s: Seconds = 60.0
+    mode: PushMode = "direct"
 
 
 class RankDigests(Message):
@@ -147,8 +157,25 @@ class RankDigests(Message):
     digests: list[Packed]
 
 
+class PrepareRequest(Message):
+    """``POST /prepare_commit``: the writes to shadow and staging memory have completed.
+
+    ``ranks`` as in :class:`CommitRequest`: the digests of all writes.
+    """
+
+    session: Id
+    epoch: int
+    push_id: Id
+    version: Version
+    ranks: list[RankDigests]
+    timeout_s: Seconds = 300.0
+
+
 class CommitRequest(Message):
-    """``POST /commit_update``: all writes have completed at the trainer."""
+    """``POST /commit_update``: all writes have completed at the trainer.
+
+    ``ranks`` may be empty where all that was written was prepared.
+    """
 
     session: Id
     epoch: int
@@ -165,6 +192,20 @@ class AbortRequest(Message):
     session: Id
     push_id: Id
     reason: Annotated[str, StringConstraints(max_length=4096)] = ""
+
+
+class RollbackRequest(Message):
+    """``POST /rollback``: serve the version before the last push in shadow mode.
+
+    ``push_id``: of the push that holds the engine, or did: its repeat gets the same answer.
+    ``version``: the one to be given up; refused if the engine has another.
+    """
+
+    push_id: Id | None = None
+    version: Version | None = None
+    mode: PauseMode = "keep"
+    reset_prefix_cache: bool = True
+    timeout_s: Seconds = 120.0
 
 
 class VerifyRequest(Message):
@@ -215,7 +256,7 @@ class Span(Message):
 
 
 class StepResponse(Message):
-    """Answer to pause, resume, begin, commit and abort.
+    """Answer to pause, resume, begin, prepare, commit, abort and rollback.
 
     ``seconds`` holds the parts that the agent and its slowest worker measured, ``spans`` when what
     went on, at each worker too.

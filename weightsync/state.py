@@ -1,7 +1,8 @@
 """The agent's state: events in, a new state and effects out.  Pure: no I/O, no clock, no threads.
 
-``detached -> ready(v) -> paused(v) -> receiving(v->w) -> paused(w) -> ready(w)``, and
-``receiving -> torn`` when a push fails that may have touched live weights.  What a caller asks for
+``detached -> ready(v) -> paused(v) -> receiving(v->w) -> paused(w) -> ready(w)``, in shadow mode
+``ready(v) -> shadowing(v->w) -> receiving(v->w)``, and ``receiving -> torn`` when a push fails that
+may have touched live weights.  What a caller asks for
 is an event named ``...Asked``; :func:`step` refuses it with a
 :class:`~weightsync.errors.StateError` and changes nothing, or returns the effects that the agent
 has to carry out.  How an effect ended comes back as another event.
@@ -18,6 +19,7 @@ from weightsync.errors import (
     EngineDetachedError,
     EnginePausedError,
     EngineTornError,
+    NoPreviousError,
     NoSessionError,
     PushInProgressError,
     StaleEpochError,
@@ -33,12 +35,14 @@ from weightsync.state_events import (
     Event,
     InitAsked,
     PauseAsked,
+    PrepareAsked,
     ResumeAsked,
+    RollbackAsked,
 )
 from weightsync.state_outcomes import outcome
 from weightsync.state_records import AgentState, Effect, Phase, Step, without_session
 
-__all__ = ["AgentState", "Effect", "Phase", "Step", "check_verify", "step"]
+__all__ = ["AgentState", "Effect", "Phase", "Step", "check_rollback", "check_verify", "step"]
 
 
 def step(state: AgentState, event: Event) -> Step:
@@ -68,8 +72,13 @@ def step(state: AgentState, event: Event) -> Step:
             return Step(replace(state, connected=False), (Effect.CONNECT,))
         case BeginAsked():
             return _begin(state, event)
+        case PrepareAsked():
+            _check_begun(state, event)
+            return Step(state, (Effect.PREPARE,))
         case CommitAsked():
             return _commit(state, event)
+        case RollbackAsked(push_id):
+            return _rollback(state, push_id)
         case AbortAsked(push_id):
             return _abort(state, push_id)
         case _:
@@ -83,7 +92,7 @@ def check_verify(state: AgentState, session: str, epoch: int) -> None:
         StateError: No engine, a push is writing, or this is not the connected rendezvous.
     """
     _refuse_detached(state)
-    if state.phase == "receiving":
+    if state.phase in ("shadowing", "receiving"):
         raise PushInProgressError(
             f"push {state.owner} is writing", hint="ask again when it is over"
         )
@@ -94,14 +103,45 @@ def check_verify(state: AgentState, session: str, epoch: int) -> None:
         )
 
 
+def check_rollback(state: AgentState, version: int | None) -> None:
+    """Refuse a rollback before the engine is paused for it; no event, since it changes nothing.
+
+    Args:
+        state: Now.
+        version: The one to be given up; None: whatever there is.
+
+    Raises:
+        StateError: No engine, a push is writing, another version, or nothing to go back to.
+    """
+    _refuse_detached(state)
+    if state.phase in ("shadowing", "receiving"):
+        raise PushInProgressError(
+            f"push {state.owner} is writing version {state.target}",
+            hint="POST /abort_update gives it up",
+        )
+    if state.rollback_to is None:
+        raise NoPreviousError(
+            f"no version before {state.version} is kept",
+            hint="only the last push in shadow mode can be taken back, once, until the next push "
+            "begins; push the weights that you want instead",
+            version=state.version,
+        )
+    if version is not None and version not in (state.version, state.target):
+        raise StateError(
+            f"the engine has version {state.version}, not {version}",
+            hint="GET /status tells what a rollback would do",
+            version=state.version,
+        )
+
+
 # ------------------------------------------------------------------ asks
 
 
 def _pause(state: AgentState, push_id: str | None) -> Step:
     _refuse_detached(state)
     _refuse_other_push(state, push_id)
-    if state.phase in ("ready", "torn") or (state.may_run and state.owner == push_id):
-        # torn: the pause is made sure of before a repair
+    # torn: the pause is made sure of before a repair
+    if state.phase in ("ready", "shadowing", "torn") or (state.may_run and state.owner == push_id):
         return Step(state, (Effect.PAUSE,))
     if state.phase == "paused" and state.owner != push_id:
         raise EnginePausedError(
@@ -119,7 +159,7 @@ def _resume(state: AgentState, push_id: str | None) -> Step:
             version=state.version,
             lowest=state.target,
         )
-    if state.phase == "ready":
+    if state.phase in ("ready", "shadowing"):
         return Step(state)
     _refuse_other_push(state, push_id)
     if state.phase == "receiving":
@@ -143,7 +183,9 @@ def _begin(state: AgentState, ask: BeginAsked) -> Step:
         raise NoSessionError(
             f"session {ask.session} has not finished its rendezvous", hint="POST /connect first"
         )
-    if state.phase == "receiving":
+    if state.phase == "receiving" and ask.version == state.target and not ask.shadow:
+        return Step(state, (Effect.BEGIN,))  # paused now: live memory may be written too
+    if state.phase in ("shadowing", "receiving"):
         raise StateError(
             f"push {ask.push_id} has begun already, with version {state.target}",
             hint="a push has one version",
@@ -152,7 +194,9 @@ def _begin(state: AgentState, ask: BeginAsked) -> Step:
         raise EnginePausedError(
             "the engine was paused by hand", hint="POST /resume without push_id first"
         )
-    if state.owner is None or state.may_run:  # WS-1: nothing is written while it may run
+    unpaused = ask.shadow and state.phase == "ready"
+    if (state.owner is None or state.may_run) and not unpaused:
+        # WS-1: nothing is written while it may run
         raise StateError(
             f"push {ask.push_id} has not paused the engine",
             hint="POST /pause with this push_id first",
@@ -166,25 +210,50 @@ def _begin(state: AgentState, ask: BeginAsked) -> Step:
             current=state.version,
             lowest=state.lowest,
         )
-    return Step(replace(state, phase="receiving", target=ask.version), (Effect.BEGIN,))
+    # what was kept of the version before is about to be written over
+    begun = replace(state, target=ask.version, rollback_to=None)
+    if unpaused:
+        return Step(replace(begun, phase="shadowing", owner=ask.push_id), (Effect.BEGIN,))
+    return Step(replace(begun, phase="receiving"), (Effect.BEGIN,))
 
 
 def _commit(state: AgentState, ask: CommitAsked) -> Step:
     _refuse_detached(state)
     if (state.committed_by, state.version) == (ask.push_id, ask.version) and state.target is None:
         return Step(state)  # done before an agent that remembers no answer was there
+    _check_begun(state, ask)
+    if state.phase == "shadowing":  # WS-1
+        raise StateError(
+            f"push {ask.push_id} has not paused the engine",
+            hint="POST /pause with this push_id first",
+        )
+    return Step(state, (Effect.COMMIT,))
+
+
+def _check_begun(state: AgentState, ask: PrepareAsked | CommitAsked) -> None:
+    _refuse_detached(state)
     _refuse_other_push(state, ask.push_id)
     if state.phase == "torn":
         raise EngineTornError(
             f"push {ask.push_id} is over, the engine is torn", hint="push again, all of it"
         )
     _check_session(state, ask.session, ask.epoch)
-    if state.phase != "receiving" or state.target != ask.version:
+    if state.phase not in ("shadowing", "receiving") or state.target != ask.version:
         raise StateError(
             f"push {ask.push_id} has not begun version {ask.version}: the engine is {state.phase}",
             hint="POST /begin_update first",
         )
-    return Step(state, (Effect.COMMIT,))
+
+
+def _rollback(state: AgentState, push_id: str) -> Step:
+    _refuse_detached(state)
+    _refuse_other_push(state, push_id)
+    check_rollback(state, None)
+    if state.owner is None or state.may_run:  # WS-1
+        raise StateError(
+            f"{push_id} has not paused the engine", hint="POST /pause with this push_id first"
+        )
+    return Step(replace(state, phase="receiving"), (Effect.ROLLBACK,))
 
 
 def _abort(state: AgentState, push_id: str) -> Step:
@@ -192,7 +261,7 @@ def _abort(state: AgentState, push_id: str) -> Step:
     _refuse_other_push(state, push_id)
     if state.owner is None:  # nothing here knows of that push (any more)
         return Step(state)
-    if state.phase == "receiving":
+    if state.phase in ("shadowing", "receiving"):
         return Step(state, (Effect.ABORT,))
     if state.phase == "paused":
         return Step(state, (Effect.RESUME,))

@@ -47,7 +47,18 @@ class ConnectAsked:
 
 @dataclass(frozen=True, slots=True)
 class BeginAsked:
-    """The writes come next."""
+    """The writes come next; ``shadow``: the engine may serve on until they are done."""
+
+    session: str
+    epoch: int
+    push_id: str
+    version: int
+    shadow: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareAsked:
+    """The writes to shadow and staging memory are done: check them."""
 
     session: str
     epoch: int
@@ -72,6 +83,13 @@ class AbortAsked:
     push_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class RollbackAsked:
+    """Put the version before back; ``push_id`` has paused the engine for it."""
+
+    push_id: str
+
+
 # ------------------------------------------------------------------ what became of it
 
 
@@ -84,7 +102,8 @@ class EngineLost:
 class Attached:
     """All workers said what they hold.
 
-    ``same``: they are the processes that the agent knew before.
+    ``same``: they are the processes that the agent knew before.  ``rollback_to`` and
+    ``rolled_back_from`` are those of :class:`weightsync.state.AgentState`.
     """
 
     versions: frozenset[int]
@@ -92,6 +111,8 @@ class Attached:
     paused: bool
     epoch: int
     same: bool
+    rollback_to: int | None = None
+    rolled_back_from: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +141,14 @@ class ResumeFailed:
 
 @dataclass(frozen=True, slots=True)
 class SessionOpened:
-    """Every worker made its layout for this session's epoch."""
+    """Every worker made its layout for this session's epoch.
+
+    ``rollback_to``: the version whose bytes they still keep.
+    """
 
     session: str
     epoch: int
+    rollback_to: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,33 +160,53 @@ class Connected:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The version is real on every worker.  ``epoch_over``: some have ended the epoch with it."""
+    """The version is real on every worker.
+
+    ``epoch_over``: some have ended the epoch with it.  ``rollback_to``: the version before, if all
+    keep it.
+    """
 
     version: int
     epoch_over: bool = False
+    rollback_to: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RolledBack:
+    """Every worker has the version before again; the newest one that was given up for it."""
+
+    version: int
+    rolled_back_from: int
 
 
 @dataclass(frozen=True, slots=True)
 class PushFailed:
-    """Begin or commit failed.  ``reachable``: every worker answered, so they can be asked."""
+    """Begin, prepare, commit or rollback failed.
+
+    ``reachable``: every worker answered, so they can be asked.
+    """
 
     reachable: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Aborted:
-    """What the workers hold after an abort; no ``versions``: they could not be asked."""
+    """What the workers hold after an abort; no ``versions``: they could not be asked.
+
+    ``rollback_to``: the version whose bytes all of them still keep.
+    """
 
     versions: frozenset[int]
     dirty: bool
+    rollback_to: int | None = None
 
 
 Ask = (
-    AttachAsked | PauseAsked | ResumeAsked | InitAsked | ConnectAsked | BeginAsked | CommitAsked
-    | AbortAsked
+    AttachAsked | PauseAsked | ResumeAsked | InitAsked | ConnectAsked | BeginAsked | PrepareAsked
+    | CommitAsked | AbortAsked | RollbackAsked
 )  # fmt: skip
 Outcome = (
     EngineLost | Attached | Paused | PauseFailed | Resumed | ResumeFailed | SessionOpened
-    | Connected | Committed | PushFailed | Aborted
+    | Connected | Committed | RolledBack | PushFailed | Aborted
 )  # fmt: skip
 Event = Ask | Outcome

@@ -16,6 +16,7 @@ from weightsync.state_events import (
     PushFailed,
     Resumed,
     ResumeFailed,
+    RolledBack,
     SessionOpened,
 )
 from weightsync.state_records import AgentState, Effect, Step, torn, without_session
@@ -34,6 +35,12 @@ def outcome(state: AgentState, event: Outcome) -> Step:
             return Step(replace(state, phase="paused", owner=push_id))
         case Paused(push_id) if state.phase in ("paused", "torn"):
             return Step(replace(state, owner=push_id, may_run=False))
+        case Paused() if state.phase == "shadowing":
+            # now, and not before, live memory may be written (WS-1)
+            return Step(replace(state, phase="receiving", may_run=False))
+        case PauseFailed() if state.phase == "shadowing":
+            # it may be paused; no live byte has changed, so what the workers say makes it ready
+            return Step(replace(state, phase="receiving"), (Effect.ABORT,))
         case PauseFailed(push_id) if state.phase == "ready":
             # paused until proven otherwise; if the resume fails too, the push's idle deadline or
             # a person tries again
@@ -42,19 +49,35 @@ def outcome(state: AgentState, event: Outcome) -> Step:
             return Step(replace(state, phase="ready", owner=None, may_run=False))
         case ResumeFailed() if state.phase == "paused":
             return Step(replace(state, may_run=True))
-        case SessionOpened(session, epoch) if epoch == state.epoch:
-            return Step(replace(state, session=session))
+        case SessionOpened(session, epoch, rollback_to) if epoch == state.epoch:
+            return Step(replace(state, session=session, rollback_to=rollback_to))
         case Connected(epoch) if epoch == state.epoch and state.session is not None:
             return Step(replace(state, connected=True))
-        case Committed(version, over) if state.phase == "receiving" and version == state.target:
-            whole = _committed(replace(state, phase="paused", version=version, target=None))
+        case Committed(version, over, before) if (
+            state.phase == "receiving" and version == state.target
+        ):
+            whole = replace(state, phase="paused", version=version, target=None, rollback_to=before)
+            whole = _committed(whole)
             # what one worker has ended, the others end too (WS-8)
             return Step(without_session(whole), (Effect.CLOSE,)) if over else Step(whole)
-        case PushFailed(reachable) if state.phase == "receiving":
+        case RolledBack(version, newest) if state.phase == "receiving":
+            whole = replace(state, phase="paused", version=version, target=None)
+            return Step(replace(whole, rollback_to=None, rolled_back_from=newest))
+        case PushFailed(reachable) if state.phase in ("shadowing", "receiving"):
             if reachable:
                 return Step(state, (Effect.ABORT,))
-            return Step(torn(state))
-        case Aborted(versions, dirty) if state.phase == "receiving":
+            if state.phase == "shadowing":
+                return Step(_undisturbed(state))
+            # a rollback that failed brought no version: the next one repairs
+            return Step(replace(torn(state), target=state.target or state.version + 1))
+        case Aborted(versions, dirty, before) if state.phase == "shadowing":
+            kept = replace(state, rollback_to=before)
+            if versions and (dirty or len(versions) != 1):
+                # a worker says otherwise; a torn engine that runs is stopped at once (WS-4)
+                return Step(torn(kept), (Effect.PAUSE, Effect.CLOSE))
+            return Step(_undisturbed(kept), (Effect.CLOSE,) if versions else ())
+        case Aborted(versions, dirty, before) if state.phase == "receiving":
+            state = replace(state, rollback_to=before)
             if dirty or len(versions) != 1:
                 lowest = max((state.target or 0, *(v + 1 for v in versions)))
                 left = replace(torn(state), target=lowest)
@@ -67,6 +90,11 @@ def outcome(state: AgentState, event: Outcome) -> Step:
             return Step(state)
 
 
+def _undisturbed(state: AgentState) -> AgentState:
+    """After a push that only wrote beside what serves; its epoch is over (WS-8)."""
+    return replace(without_session(state), phase="ready", target=None, owner=None)
+
+
 def _attached(state: AgentState, event: Attached) -> Step:
     interrupted = state.target is not None
     going_on = event.same and event.epoch == state.epoch and not interrupted
@@ -75,6 +103,8 @@ def _attached(state: AgentState, event: Attached) -> Step:
         epoch=max(state.epoch, event.epoch),
         version=min(event.versions),
         may_run=event.paused,
+        rollback_to=event.rollback_to,
+        rolled_back_from=event.rolled_back_from,
     )
     if event.same and event.versions == {state.target} and not event.dirty:
         known = _committed(known)  # all of it, and only the agent did not hear of it any more

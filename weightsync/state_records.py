@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-Phase = Literal["detached", "ready", "paused", "receiving", "torn"]
+Phase = Literal["detached", "ready", "shadowing", "paused", "receiving", "torn"]
 
 
 class Effect(enum.Enum):
@@ -18,7 +18,9 @@ class Effect(enum.Enum):
     OPEN = "layout"
     CONNECT = "connect"
     BEGIN = "begin"
+    PREPARE = "prepare"
     COMMIT = "commit"
+    ROLLBACK = "rollback"
     ABORT = "abort"
     CLOSE = "close"
 
@@ -30,8 +32,8 @@ class AgentState:
     Attributes:
         phase: See the module's docstring.
         version: The last version that was whole on every worker.
-        target: Receiving: the version that is coming.  Torn: the lowest version that repairs: the
-            interrupted one, or the next after those that workers already hold.
+        target: Shadowing, receiving: the version that is coming.  Torn: the lowest version that
+            repairs: the interrupted one, or the next after those that workers already hold.
         owner: The push that holds the engine; None with ``paused``: it was paused by hand.
         session: The open rendezvous.
         epoch: The last epoch that was given out; it only grows.
@@ -39,6 +41,8 @@ class AgentState:
         may_run: Paused: a resume may be on its way to the engine; only another pause makes sure.
         committed: The highest version that a push ever committed here; the engine may have lost it.
         committed_by: That push, where it is known.
+        rollback_to: The version before, whose bytes every worker keeps; None: there is none.
+        rolled_back_from: The newest version that was given up by a rollback; 0: none.
     """
 
     phase: Phase = "detached"
@@ -51,6 +55,8 @@ class AgentState:
     may_run: bool = False
     committed: int = 0
     committed_by: str | None = None
+    rollback_to: int | None = None
+    rolled_back_from: int = 0
 
     @property
     def lowest(self) -> int:
@@ -63,7 +69,7 @@ class AgentState:
         lowest = self.version + 1
         if self.phase == "torn" and self.target is not None:
             lowest = self.target
-        return max(lowest, self.committed + (self.version > 0))
+        return max(lowest, self.committed + (self.version > 0), self.rolled_back_from + 1)
 
 
 class Step(NamedTuple):

@@ -28,6 +28,10 @@ from weightsync.worker_messages import (
     DescribeReply,
     LayoutBody,
     LayoutReply,
+    PrepareBody,
+    PrepareReply,
+    RollbackBody,
+    RollbackReply,
     VerifyReply,
 )
 from weightsync_server.middleware import WeightsyncMiddleware
@@ -94,6 +98,9 @@ class FakeWorker:
     staged: bool = False
     #: as after the first push into an engine without a checkpoint
     first_push: bool = False
+    shadow: bool = False
+    rollback_to: int | None = None
+    rolled_back_from: int = 0
 
     def run(self, command: WorkerCommand) -> object:
         self.received.append(command)
@@ -102,29 +109,42 @@ class FakeWorker:
             case "describe":
                 return DescribeReply(
                     str(self.place), self.instance, "fake", "1.0", self.version, self.dirty,
-                    self.epoch, 1, checkpoint=False,
+                    self.epoch, 1, checkpoint=False, rollback_to=self.rollback_to,
+                    rolled_back_from=self.rolled_back_from,
                 )  # fmt: skip
             case "attach":
                 return AttachReply(3, 2, 1, [("odd.weight", "unproven")], ["mind the gap"], {})
             case "layout":
-                self.epoch = unpack(body, LayoutBody).epoch
+                asked = unpack(body, LayoutBody)
+                self.epoch, self.shadow = asked.epoch, asked.mode == "shadow"
                 regions = (
                     KernelRegion("a", "float32", (4,), 16, "direct", 4096),
                     KernelRegion("b", "float32", (2,), 8, "staged", 8192),
                 )
-                return LayoutReply("fake", b"meta", WorkerLayout(self.place, regions, ()))
+                layout = WorkerLayout(self.place, regions, ())
+                return LayoutReply("fake", b"meta", layout, self.rollback_to)
             case "connect":
                 self.connect = unpack(body, ConnectBody)
             case "begin":
-                unpack(body, BeginBody)
-                self.dirty = not self.staged
+                live = unpack(body, BeginBody).live
+                self.rollback_to = None
+                self.dirty = self.dirty or (live and not self.staged and not self.shadow)
+            case "prepare":
+                unpack(body, PrepareBody)
+                return PrepareReply({"digest": 0.25})
             case "commit":
                 commit = unpack(body, CommitBody)
+                self.rollback_to = self.version if self.shadow else None
                 self.version, self.dirty = commit.version, False
                 seconds = {"digest": 0.25, "install": 0.5}
-                return CommitReply(self.version, seconds, epoch_over=self.first_push)
+                return CommitReply(self.version, seconds, self.first_push, self.rollback_to)
             case "abort":
-                return AbortReply(self.dirty, self.version)
+                return AbortReply(self.dirty, self.version, self.rollback_to)
+            case "rollback":
+                assert unpack(body, RollbackBody).to == self.rollback_to
+                self.rolled_back_from = max(self.version, self.rolled_back_from)
+                self.version, self.dirty, self.rollback_to = self.rollback_to, False, None
+                return RollbackReply(self.version, self.rolled_back_from, {"install": 0.5})
             case "checksums":
                 return ChecksumsReply({"a": "00" * 32})
             case "verify":

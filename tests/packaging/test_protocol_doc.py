@@ -35,10 +35,13 @@ from weightsync.state_events import (
     PauseAsked,
     Paused,
     PauseFailed,
+    PrepareAsked,
     PushFailed,
     ResumeAsked,
     Resumed,
     ResumeFailed,
+    RollbackAsked,
+    RolledBack,
     SessionOpened,
 )
 from weightsync_client import Deadlines
@@ -55,7 +58,14 @@ TEXT = (DOCS / "protocol.md").read_text()
 CODES = {e.code: e.status for e in all_errors() if e.__module__ == StateError.__module__}
 #: names that are no field, code, setting or metric: HTTP's own errors, an outcome, a part of a
 #: commit, an answer of the engine server
-OTHER_NAMES = {"not_found", "method_not_allowed", "engine_lost", "reset_prefix_cache", "is_paused"}
+OTHER_NAMES = {
+    "not_found",
+    "method_not_allowed",
+    "engine_lost",
+    "rolled_back",
+    "reset_prefix_cache",
+    "is_paused",
+}
 ASKS = {
     "/attach": AttachAsked,
     "/pause": PauseAsked,
@@ -63,8 +73,10 @@ ASKS = {
     "/init_transfer": InitAsked,
     "/connect": ConnectAsked,
     "/begin_update": BeginAsked,
+    "/prepare_commit": PrepareAsked,
     "/commit_update": CommitAsked,
     "/abort_update": AbortAsked,
+    "/rollback": RollbackAsked,
 }
 
 
@@ -222,17 +234,27 @@ def events_at(state: AgentState) -> Iterator[Event]:
         yield from (PauseAsked(push_id), ResumeAsked(push_id))
         yield from (Paused(push_id), PauseFailed(push_id))
     for push_id in ("p", "q"):
-        yield AbortAsked(push_id)
+        yield from (AbortAsked(push_id), RollbackAsked(push_id))
         for session, epoch in (("s", state.epoch), ("t", 1), ("t", state.epoch + 1)):
             yield ConnectAsked(session, epoch)
             for version in (1, 2, 3):
-                yield BeginAsked(session, epoch, push_id, version)
+                yield from (
+                    BeginAsked(session, epoch, push_id, version, shadow) for shadow in (False, True)
+                )
+                yield PrepareAsked(session, epoch, push_id, version)
                 yield CommitAsked(session, epoch, push_id, version)
-    yield from (Committed(version, over) for version in (1, 2, 3) for over in (False, True))
+    yield from (
+        Committed(version, over, before)
+        for version in (1, 2, 3)
+        for over in (False, True)
+        for before in (None, 1)
+    )
+    if state.rollback_to is not None:
+        yield RolledBack(state.rollback_to, state.version)
     yield from (PushFailed(reachable) for reachable in (False, True))
     for versions in (frozenset[int](), frozenset({1}), frozenset({2}), frozenset({1, 2})):
         for one in (False, True):
-            yield Aborted(versions, one)
+            yield from (Aborted(versions, one, before) for before in (None, 1))
             for two in (False, True):
                 # the answer to an attach, which only some states allow
                 if versions and allows_attach(state):
@@ -333,7 +355,9 @@ def test_the_agents_limits_are_its_defaults():
     told = numbers(table("Limits and deadlines", "setting"), "setting")
     fields = AgentSettings.model_fields
     assert told == {name: fields[name].default for name in told}
-    assert set(told) == {n for n in fields if n.endswith(("_s", "_nbytes"))}
+    assert set(told) == {
+        n for n, f in fields.items() if n.endswith(("_s", "_nbytes")) and f.default is not None
+    }
 
 
 def test_the_trainers_deadlines_are_its_defaults():

@@ -32,7 +32,9 @@ from weightsync.protocol import (
     InitTransferResponse,
     Message,
     PauseRequest,
+    PrepareRequest,
     ResumeRequest,
+    RollbackRequest,
     Seconds,
     StepResponse,
     VerifyRequest,
@@ -56,6 +58,7 @@ from weightsync_server.agent.settings import AgentSettings
 from weightsync_server.agent.status import JournalStatus, StatusResponse
 from weightsync_server.agent.tokens import Tokens
 from weightsync_server.agent.watch import Watch
+from weightsync_server.agent.workers import ShadowTerms
 
 M = TypeVar("M", bound=Message)
 R = TypeVar("R", bound=BaseModel)
@@ -116,6 +119,7 @@ class Agent:
             self.service,
             engine_timeout_s=settings.engine_timeout_s,
             max_unpacked_nbytes=settings.max_unpacked_nbytes,
+            shadow=ShadowTerms(settings.shadow_device, settings.max_shadow_nbytes),
         )
         self._recalled = False
         self.app = self._make_app(secret)
@@ -161,6 +165,8 @@ class Agent:
             recent_pushes=list(service.clock.recent),
             last_errors=list(service.errors),
             journal=JournalStatus(path=str(journal.path), trouble=journal.trouble),
+            rollback_to=state.rollback_to,
+            rolled_back_from=state.rolled_back_from,
             uptime_s=round(time.monotonic() - self.started, 3),
             protocol_version=PROTOCOL_VERSION,
             weightsync_version=weightsync.__version__,
@@ -183,7 +189,7 @@ class Agent:
             raise EngineDetachedError(f"the agent has no engine: {last}", hint="see /status")
         if state.phase == "torn":
             raise EngineTornError("the engine's weights are not whole", hint="push again")
-        if state.phase != "ready":
+        if state.phase not in ("ready", "shadowing"):
             raise StateError(f"the engine is {state.phase}", hint="wait for the push to end")
         if state.version < min_version:
             raise StaleVersionError(
@@ -320,8 +326,10 @@ class Agent:
         post("/init_transfer", InitTransferRequest, InitTransferResponse, calls.init_transfer)
         post("/connect", ConnectRequest, StepResponse, calls.connect)
         post("/begin_update", BeginRequest, StepResponse, calls.begin)
+        post("/prepare_commit", PrepareRequest, StepResponse, calls.prepare)
         post("/commit_update", CommitRequest, StepResponse, calls.commit)
         post("/abort_update", AbortRequest, StepResponse, calls.abort)
+        post("/rollback", RollbackRequest, StepResponse, calls.rollback)
         post("/verify", VerifyRequest, VerifyResponse, calls.verify)
 
         async def reply(message: WorkerReply) -> Health:

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import hashlib
 import logging
 import time
-from collections.abc import Hashable, Sequence
+import uuid
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-from weightsync.codec import unpack
 from weightsync.errors import (
-    InputError,
     ProtocolMismatchError,
     PushInProgressError,
     WeightSyncError,
     from_problem,
 )
-from weightsync.manifest import Manifest, TensorSpec
 from weightsync.protocol import (
     PROTOCOL_VERSION,
     AbortRequest,
@@ -32,13 +28,14 @@ from weightsync.protocol import (
     InitTransferResponse,
     Message,
     PauseRequest,
-    RankDigests,
+    PrepareRequest,
     ResumeRequest,
+    RollbackRequest,
     StepResponse,
     VerifyRequest,
     VerifyResponse,
 )
-from weightsync.state import check_verify, step
+from weightsync.state import check_rollback, check_verify, step
 from weightsync.state_events import (
     AbortAsked,
     Ask,
@@ -48,20 +45,22 @@ from weightsync.state_events import (
     ConnectAsked,
     InitAsked,
     PauseAsked,
+    PrepareAsked,
     ResumeAsked,
+    RollbackAsked,
 )
 from weightsync.worker_messages import (
-    CommitBody,
-    ConnectBody,
-    RankDigestsBody,
-    RankWrites,
     VerifyBody,
 )
+from weightsync_server.agent.bodies import Bodies
 from weightsync_server.agent.journal import Record, Remembered
 from weightsync_server.agent.once import Mark, Once
 from weightsync_server.agent.pushes import Traffic
 from weightsync_server.agent.service import Service
 from weightsync_server.agent.work import Work
+from weightsync_server.agent.workers import ShadowTerms
+
+R = TypeVar("R", PrepareRequest, CommitRequest)
 
 log = logging.getLogger(__name__)
 
@@ -73,14 +72,21 @@ class Calls:
         service: Carries the asks out.
         engine_timeout_s: Seconds for requests that bring no deadline.
         max_unpacked_nbytes: Bytes that a packed record may have once inflated.
+        shadow: For pushes in shadow mode.
     """
 
     def __init__(
-        self, service: Service, *, engine_timeout_s: float, max_unpacked_nbytes: int
+        self,
+        service: Service,
+        *,
+        engine_timeout_s: float,
+        max_unpacked_nbytes: int,
+        shadow: ShadowTerms,
     ) -> None:
         self._service = service
+        self._shadow = shadow
         self._engine_timeout_s = engine_timeout_s
-        self._max_unpacked_nbytes = max_unpacked_nbytes
+        self._bodies = Bodies(max_unpacked_nbytes)
         self._once = Once(self._remember)
 
     def recall(self, record: Record) -> None:
@@ -112,21 +118,52 @@ class Calls:
 
     async def begin(self, request: BeginRequest) -> StepResponse:
         """``POST /begin_update``.  A repeat also tells that the push is still alive."""
-        event = BeginAsked(request.session, request.epoch, request.push_id, request.version)
-        return await self._push_step(
-            "begin_update", request.push_id, event, request, keep_errors=True
-        )
+        shadow = request.mode == "shadow"
+        event = BeginAsked(request.session, request.epoch, request.push_id, request.version, shadow)
+        # a push whose shadow holds only a part of it begins a second time, when it has paused
+        name = "begin_update shadow" if shadow else "begin_update"
+        return await self._push_step(name, request.push_id, event, request, keep_errors=True)
+
+    async def prepare(self, request: PrepareRequest) -> StepResponse:
+        """``POST /prepare_commit``."""
+        event = PrepareAsked(request.session, request.epoch, request.push_id, request.version)
+        return await self._checked_step("prepare_commit", event, request, self._bodies.prepare)
 
     async def commit(self, request: CommitRequest) -> StepResponse:
         """``POST /commit_update``."""
         event = CommitAsked(request.session, request.epoch, request.push_id, request.version)
-        key = ("commit_update", request.push_id)
-        if not self._once.knows(key):
-            step(self._service.state, event)  # refused before anything big is unpacked
-        bodies = await asyncio.to_thread(self._commit_bodies, request, self._workers)
-        return await self._push_step(
-            key[0], key[1], event, request, keep_errors=True, extra={"bodies": bodies}
-        )
+        return await self._checked_step("commit_update", event, request, self._bodies.commit)
+
+    async def rollback(self, request: RollbackRequest) -> StepResponse:
+        """``POST /rollback``."""
+
+        async def work(begun: Mark) -> StepResponse:
+            return await self._rollback(request, begun)
+
+        if request.push_id is None:
+            return await self._rollback(request, lambda: None)
+        key = ("rollback", request.push_id)
+        return await self._once.run(key, _fingerprint(request), work)
+
+    async def _rollback(self, request: RollbackRequest, begun: Mark) -> StepResponse:
+        state = self._service.state
+        check_rollback(state, request.version)
+        holder = request.push_id
+        if holder is None or state.owner != holder:
+            # like a push of its own: what was paused by hand or by another push is refused
+            holder = f"rollback-{uuid.uuid4().hex}"
+        pause = PauseRequest(mode=request.mode, push_id=holder)
+        answer = await self._step(PauseAsked(holder), pause, request.timeout_s)
+        seconds = answer.seconds
+        try:
+            answer = await self._step(RollbackAsked(holder), request, request.timeout_s, begun)
+        except WeightSyncError:
+            # if it was refused, nothing has resumed the engine yet
+            await self._step(AbortAsked(holder), request, self._engine_timeout_s)
+            raise
+        seconds = seconds | answer.seconds
+        answer = await self._step(ResumeAsked(holder), request, self._engine_timeout_s)
+        return answer.model_copy(update={"seconds": seconds | answer.seconds})
 
     async def abort(self, request: AbortRequest) -> StepResponse:
         """``POST /abort_update``."""
@@ -145,7 +182,7 @@ class Calls:
                 expected=PROTOCOL_VERSION,
                 got=request.protocol_version,
             )
-        manifest = await asyncio.to_thread(self._manifest, request)
+        manifest = await asyncio.to_thread(self._bodies.manifest, request)
         service, key = self._service, ("init_transfer", request.session)
         if service.state.session != request.session:
             self._once.forget_finished(key)
@@ -153,7 +190,9 @@ class Calls:
         async def work(begun: Mark) -> InitTransferResponse:
             event = InitAsked(request.session)
             made = self._work(event, request, request.timeout_s, begun)
-            made.extra["manifest"] = manifest.tensors
+            made.extra |= {
+                "manifest": manifest.tensors, "mode": request.mode, "shadow": self._shadow,
+            }  # fmt: skip
             await service.run(made)
             state = service.state
             return InitTransferResponse(
@@ -165,7 +204,8 @@ class Calls:
                 workers=made.result,
             )
 
-        return await self._once.run(key, (manifest.tensors, request.world_size), work)
+        asked = (manifest.tensors, request.world_size, request.mode)
+        return await self._once.run(key, asked, work)
 
     async def connect(self, request: ConnectRequest) -> StepResponse:
         """``POST /connect``."""
@@ -177,7 +217,7 @@ class Calls:
             self._once.forget_finished(key)
         if not self._once.knows(key):
             step(self._service.state, event)
-        bodies = await asyncio.to_thread(self._connect_bodies, request, self._workers)
+        bodies = await asyncio.to_thread(self._bodies.connect, request, self._workers)
         extra = {"bodies": bodies, "traffic": await asyncio.to_thread(Traffic.of, bodies)}
 
         async def work(begun: Mark) -> StepResponse:
@@ -202,7 +242,7 @@ class Calls:
     async def verify(self, request: VerifyRequest) -> VerifyResponse:
         """``POST /verify``.  It changes nothing, so it takes no turn and is never remembered."""
         check_verify(self._service.state, request.session, request.epoch)
-        digests = await asyncio.to_thread(self._digests, request.ranks, self._workers)
+        digests = await asyncio.to_thread(self._bodies.digests, request.ranks, self._workers)
         count, differs = await self._service.workers.verify(
             [VerifyBody(request.epoch, ranks) for ranks in digests], timeout_s=request.timeout_s
         )
@@ -251,6 +291,20 @@ class Calls:
                     return
                 self._service.remember(push_id, name, remembered)
 
+    async def _checked_step(
+        self,
+        name: str,
+        event: PrepareAsked | CommitAsked,
+        request: R,
+        bodies_of: Callable[[R, int], Sequence[object]],
+    ) -> StepResponse:
+        if not self._once.knows((name, event.push_id)):
+            step(self._service.state, event)  # refused before anything big is unpacked
+        bodies = await asyncio.to_thread(bodies_of, request, self._workers)
+        return await self._push_step(
+            name, event.push_id, event, request, keep_errors=True, extra={"bodies": bodies}
+        )
+
     async def _step(
         self,
         event: Ask,
@@ -270,60 +324,6 @@ class Calls:
     def _work(self, event: Ask, request: Message, timeout_s: float, begun: Mark) -> Work:
         return Work(event, time.monotonic() + timeout_s, request, begun)
 
-    # -------------------------------------------------------------- big bodies, off the event loop
-
-    def _manifest(self, request: InitTransferRequest) -> Manifest:
-        if not isinstance(request.manifest, str):
-            return request.manifest.to_manifest()
-        return Manifest(
-            unpack(request.manifest, tuple[TensorSpec, ...], max_nbytes=self._max_unpacked_nbytes)
-        )
-
-    def _connect_bodies(self, request: ConnectRequest, workers: int) -> list[ConnectBody]:
-        _check_ranks("connect", [(r.rank, len(r.writes)) for r in request.ranks], workers)
-        limit = self._max_unpacked_nbytes
-        metadata = {r.rank: _base64(r.rank, r.metadata) for r in request.ranks}
-        return [
-            ConnectBody(
-                request.epoch,
-                [
-                    RankWrites(
-                        r.rank,
-                        metadata[r.rank],
-                        unpack(r.writes[w], list[tuple[int, int, int]], max_nbytes=limit),
-                    )
-                    for r in request.ranks
-                    if r.writes[w]
-                ],
-            )
-            for w in range(workers)
-        ]
-
-    def _commit_bodies(self, request: CommitRequest, workers: int) -> list[CommitBody]:
-        return [
-            CommitBody(
-                request.epoch,
-                request.version,
-                request.push_id,
-                ranks,
-                # less than the agent's own deadline, so that the worker can name who is missing
-                max(0.7 * request.timeout_s, request.timeout_s - 4.0),
-            )
-            for ranks in self._digests(request.ranks, workers)
-        ]
-
-    def _digests(self, ranks: Sequence[RankDigests], workers: int) -> list[list[RankDigestsBody]]:
-        _check_ranks("digests", [(r.rank, len(r.digests)) for r in ranks], workers)
-        limit = self._max_unpacked_nbytes
-        return [
-            [
-                RankDigestsBody(r.rank, unpack(r.digests[w], list[bytes], max_nbytes=limit))
-                for r in ranks
-                if r.digests[w]
-            ]
-            for w in range(workers)
-        ]
-
 
 def _fingerprint(request: Message) -> str:
     """Equal for repeats: everything that was asked, but for how long to wait and why."""
@@ -335,29 +335,3 @@ def _answered(remembered: Remembered) -> StepResponse:
     if remembered.problem is not None:
         raise from_problem(remembered.problem)
     return StepResponse.model_validate(remembered.answer)
-
-
-def _check_ranks(call: str, ranks: Sequence[tuple[int, int]], workers: int) -> None:
-    if len({rank for rank, _ in ranks}) != len(ranks):
-        raise InputError(
-            f"{call}: a rank appears twice in {sorted(r for r, _ in ranks)}",
-            hint="every rank once",
-        )
-    for rank, given in ranks:
-        if given != workers:
-            raise InputError(
-                f"{call}: rank {rank} brings entries for {given} workers, the engine has {workers}",
-                hint="one entry for each worker of the init_transfer answer, in its order",
-                rank=rank,
-                expected=workers,
-                got=given,
-            )
-
-
-def _base64(rank: int, text: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise InputError(
-            f"the metadata of rank {rank} is not base64: {error}", hint="encode it with base64"
-        ) from error

@@ -63,7 +63,7 @@ class PushClock:
         self.traffic = Traffic()
         self._hub = hub
         self._metrics = metrics
-        self._started_at = 0.0
+        self._started_at = self._paused_at = 0.0
         self._phase_at = 0.0
 
     @property
@@ -76,19 +76,25 @@ class PushClock:
         self.traffic = traffic
         self._metrics.ranks.set(len(traffic.by_rank))
 
-    def paused(self, push_id: str, mode: PauseMode) -> None:
-        """A push begins: it has just asked to stop the engine."""
-        self._started_at = time.monotonic()
+    def opened(self, push_id: str) -> None:
+        """A push begins: this is its first step, and the engine may serve on."""
+        if self._of(push_id) is not None:
+            return
+        self._started_at = self._paused_at = time.monotonic()
         self.recent.append(
             PushStatus(
                 push_id=push_id,
-                mode=mode,
                 started_at=time.time(),
                 nbytes=self.traffic.nbytes,
                 ranks=len(self.traffic.by_rank),
             )
         )
-        self.starts("pause", push_id)
+
+    def paused(self, push_id: str, mode: PauseMode) -> None:
+        """The push has just asked to stop the engine."""
+        self._paused_at = time.monotonic()
+        if (push := self._of(push_id)) is not None:
+            push.mode = mode
 
     def starts(self, phase: str, push_id: str | None, version: int | None = None) -> None:
         """A phase of this push begins; one that still runs, but for ``write``, was cut off."""
@@ -97,7 +103,9 @@ class PushClock:
             return
         if version is not None:
             push.version = version
-        self._stop(push, ok=phase == "commit")  # the trainer asks for it when it has written
+        self._stop(
+            push, ok=phase in ("prepare", "commit")
+        )  # the trainer asks for it when it has written
         self._phase_at = time.monotonic()
         start_s = round(self._phase_at - self._started_at, 6)
         push.phases.append(PhaseStatus(phase=phase, start_s=start_s))
@@ -115,7 +123,7 @@ class PushClock:
         """The engine serves again."""
         push = self.last
         if push is not None and "paused" not in push.seconds:
-            paused_s = push.seconds["paused"] = round(time.monotonic() - self._started_at, 6)
+            paused_s = push.seconds["paused"] = round(time.monotonic() - self._paused_at, 6)
             self._metrics.push_paused.observe(paused_s)
             self._tell(push)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsync.errors import DeadlineError, EngineDetachedError, EngineError, WeightSyncError
-from weightsync.protocol import CommitRequest, PauseRequest
+from weightsync.protocol import PauseRequest
 from weightsync.state import AgentState, Effect, step
 from weightsync.state_events import (
     Aborted,
@@ -36,6 +36,7 @@ from weightsync.state_events import (
     PushFailed,
     Resumed,
     ResumeFailed,
+    RolledBack,
     SessionOpened,
 )
 from weightsync_server.agent.engines import Engines
@@ -46,7 +47,7 @@ from weightsync_server.agent.pushes import PushClock
 from weightsync_server.agent.session_guard import SessionGuard
 from weightsync_server.agent.status import ErrorStatus
 from weightsync_server.agent.work import Work
-from weightsync_server.agent.workers import Workers
+from weightsync_server.agent.workers import Workers, common
 
 log = logging.getLogger(__name__)
 
@@ -231,6 +232,8 @@ class Service:
         outcome = ""
         if isinstance(event, Committed):
             outcome = "committed"
+        elif isinstance(event, RolledBack):
+            outcome = "rolled_back"
         elif state.phase == "torn" and before.phase == "receiving":
             outcome = "torn"
         elif state.phase == "detached" and before.owner is not None:
@@ -261,6 +264,8 @@ class Service:
         started = time.monotonic()
         error: WeightSyncError | None = None
         outcome: Outcome | None
+        if effect in (Effect.PAUSE, Effect.BEGIN) and work.push_id is not None:
+            self.clock.opened(work.push_id)
         self.clock.starts(effect.value, work.push_id, getattr(work.event, "version", None))
         try:
             outcome = await self._perform(effect, work)
@@ -306,10 +311,11 @@ class Service:
                 await self.engines.resume(self._engine_timeout_s)
                 return Resumed()
             case Effect.OPEN if isinstance(event, InitAsked):
-                work.result = await self.workers.layout(
-                    state.epoch, event.session, work.extra["manifest"], timeout_s=work.left_s()
+                terms = (work.extra[k] for k in ("manifest", "mode", "shadow"))
+                work.result, before = await self.workers.layout(
+                    state.epoch, event.session, *terms, timeout_s=work.left_s()
                 )
-                return SessionOpened(event.session, state.epoch)
+                return SessionOpened(event.session, state.epoch, before)
             case Effect.CONNECT if isinstance(event, ConnectAsked):
                 await self.workers.connect(work.extra["bodies"], timeout_s=work.left_s())
                 self.clock.connected(work.extra["traffic"])
@@ -317,31 +323,41 @@ class Service:
             case Effect.BEGIN if isinstance(event, BeginAsked):
                 asked = time.monotonic()
                 begun = await self.workers.begin(
-                    event.epoch, event.version, event.push_id, timeout_s=work.left_s()
-                )
+                    event.epoch, event.version, event.push_id,
+                    live=state.phase == "receiving", timeout_s=work.left_s(),
+                )  # fmt: skip
                 for worker in begun:
                     work.span("begin", asked, worker.at, worker.place)
                 return None
             case Effect.COMMIT if isinstance(event, CommitAsked):
-                if isinstance(request, CommitRequest) and request.reset_prefix_cache:
-                    # Before the commit: the drained engine makes no new blocks meanwhile, and if
-                    # this fails the workers still say that they are dirty, even to a new agent.
-                    await self._reset_prefix_cache(work)
+                # Before the commit: the drained engine makes no new blocks meanwhile, and if this
+                # fails the workers still say that they are dirty, even to a new agent.
+                await self._reset_prefix_cache(work)
                 committed = await self.workers.commit(
                     work.extra["bodies"], event.version, timeout_s=work.left_s()
                 )
                 work.seconds |= work.parts(committed)
-                return Committed(event.version, any(a.body.epoch_over for a in committed))
+                over = any(a.body.epoch_over for a in committed)
+                return Committed(event.version, over, common(a.body.rollback_to for a in committed))
+            case Effect.PREPARE:
+                prepared = await self.workers.prepare(work.extra["bodies"], timeout_s=work.left_s())
+                work.seconds |= work.parts(prepared)
+                return None
+            case Effect.ROLLBACK if state.rollback_to is not None:
+                await self._reset_prefix_cache(work)
+                back = await self.workers.rollback(state.rollback_to, timeout_s=work.left_s())
+                work.seconds |= work.parts(back)
+                newest = max(a.body.rolled_back_from for a in back)
+                return RolledBack(state.rollback_to, newest)
             case Effect.ABORT:
-                versions, dirty = await self.workers.abort(
-                    state.owner or "", timeout_s=self._engine_timeout_s
-                )
-                return Aborted(versions, dirty)
+                return await self.workers.abort(state.owner or "", timeout_s=self._engine_timeout_s)
             case _:
                 await self.workers.close(timeout_s=self._engine_timeout_s)
                 return None
 
     async def _reset_prefix_cache(self, work: Work) -> None:
+        if not getattr(work.request, "reset_prefix_cache", False):
+            return
         started = time.monotonic()
         await self.engines.reset_prefix_cache(work.left_s())
         work.seconds["reset_prefix_cache"] = round(time.monotonic() - started, 6)
@@ -362,7 +378,7 @@ def _failed(effect: Effect, work: Work, error: WeightSyncError) -> Outcome | Non
             return EngineLost()  # a torn engine that could not be stopped: attach again, and again
         case Effect.RESUME:
             return ResumeFailed()
-        case Effect.BEGIN | Effect.COMMIT:
+        case Effect.BEGIN | Effect.PREPARE | Effect.COMMIT | Effect.ROLLBACK:
             # an engine that let a deadline pass would only let the next one pass too
             silent = isinstance(error, (DeadlineError, EngineDetachedError))
             return PushFailed(reachable=not silent or "places" in error.context)

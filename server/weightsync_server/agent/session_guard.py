@@ -18,6 +18,7 @@ from weightsync.protocol import (
     ConnectRequest,
     InitTransferRequest,
     Message,
+    PrepareRequest,
     VerifyRequest,
 )
 
@@ -51,7 +52,14 @@ class SessionGuard:
         """
         if not isinstance(
             message,
-            (InitTransferRequest, ConnectRequest, BeginRequest, CommitRequest, VerifyRequest),
+            (
+                InitTransferRequest,
+                ConnectRequest,
+                BeginRequest,
+                PrepareRequest,
+                CommitRequest,
+                VerifyRequest,
+            ),
         ):
             return
         given = hashlib.sha256((secret or "").encode()).digest()

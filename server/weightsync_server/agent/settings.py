@@ -81,6 +81,12 @@ class AgentSettings(BaseModel):
     """Bytes that the body of a request may have."""
     max_unpacked_nbytes: Annotated[int, Field(ge=1024)] = 1 << 30
     """Bytes that a packed record in a body may have once inflated."""
+    shadow_device: Literal["same", "cpu"] = "same"
+    """Where pushes in shadow mode land: in the memory that the engine's weights are in, or in the
+    host's, which is locked in place for a GPU."""
+    max_shadow_nbytes: Annotated[int, Field(ge=0)] | None = None
+    """Bytes of shadow that a worker may take; what does not fit is written directly, while the
+    engine is paused. None: all of it, or no push."""
     heartbeat_s: Seconds = 15.0
     """Seconds between two signs of life on /events."""
     shutdown_timeout_s: Seconds = 3.0

@@ -100,6 +100,8 @@ class StatusResponse(Model):
     recent_pushes: list[PushStatus]
     last_errors: list[ErrorStatus]
     journal: JournalStatus
+    rollback_to: int | None
+    rolled_back_from: int
     uptime_s: float
     protocol_version: int
     weightsync_version: str

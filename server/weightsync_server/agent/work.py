@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from weightsync.protocol import Message, Span
 from weightsync.state_events import Ask
-from weightsync.worker_messages import CommitReply
+from weightsync.worker_messages import CommitReply, PrepareReply, RollbackReply
 from weightsync_server.agent.engine_client import Answer
 from weightsync_server.agent.once import Mark
+
+Timed = TypeVar("Timed", CommitReply, PrepareReply, RollbackReply)
 
 
 @dataclass(slots=True)
@@ -42,7 +44,7 @@ class Work:
         start_s, seconds = round(start - self.taken, 6), round(stop - start, 6)
         self.spans.append(Span(place=place, name=name, start_s=start_s, seconds=seconds))
 
-    def parts(self, committed: Sequence[Answer[CommitReply]]) -> dict[str, float]:
+    def parts(self, committed: Sequence[Answer[Timed]]) -> dict[str, float]:
         """Spans of what the workers did; the slowest one's seconds by part.
 
         A worker's clock may be another one than ours, but its parts follow each other, and the

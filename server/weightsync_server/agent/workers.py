@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from weightsync.codec import pack
 from weightsync.errors import EngineDetachedError, EngineError
 from weightsync.manifest import TensorSpec
-from weightsync.protocol import Difference, Refusal, WorkerOffer
-from weightsync.state_events import Attached
+from weightsync.protocol import Difference, PushMode, Refusal, WorkerOffer
+from weightsync.state_events import Aborted, Attached
 from weightsync.worker_messages import (
     AbortBody,
     AbortReply,
@@ -26,6 +27,10 @@ from weightsync.worker_messages import (
     DescribeReply,
     LayoutBody,
     LayoutReply,
+    PrepareBody,
+    PrepareReply,
+    RollbackBody,
+    RollbackReply,
     VerifyBody,
     VerifyReply,
 )
@@ -36,6 +41,14 @@ from weightsync_server.agent.status import EngineStatus, WorkerStatus
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowTerms:
+    """Where shadows lie, and what they may take."""
+
+    device: str = "same"
+    max_nbytes: int | None = None
 
 
 class Workers:
@@ -97,35 +110,59 @@ class Workers:
             paused=paused,
             epoch=max(a.body.epoch for a in answers),
             same=same,
+            rollback_to=common(a.body.rollback_to for a in answers),
+            rolled_back_from=max(a.body.rolled_back_from for a in answers),
         )
 
     async def layout(
-        self, epoch: int, session: str, manifest: tuple[TensorSpec, ...], *, timeout_s: float
-    ) -> list[WorkerOffer]:
-        """Have every worker trace and register; what each offers, sorted by place."""
+        self,
+        epoch: int,
+        session: str,
+        manifest: tuple[TensorSpec, ...],
+        mode: PushMode,
+        shadow: ShadowTerms,
+        *,
+        timeout_s: float,
+    ) -> tuple[list[WorkerOffer], int | None]:
+        """Have every worker trace and register.
+
+        Returns:
+            What each offers, sorted by place; the version before, if all still keep it.
+        """
         answers = self._same(
             await self._engines.ask(
                 "layout",
                 LayoutReply,
-                body=LayoutBody(epoch, session, manifest),
+                body=LayoutBody(epoch, session, manifest, mode, shadow.device, shadow.max_nbytes),
                 timeout_s=timeout_s,
             )
         )
-        return await asyncio.to_thread(lambda: [_offer(a) for a in answers])
+        offers = await asyncio.to_thread(lambda: [_offer(a) for a in answers])
+        return offers, common(a.body.rollback_to for a in answers)
 
     async def connect(self, bodies: Sequence[ConnectBody], *, timeout_s: float) -> None:
         """Tell every worker who will write what to it.  ``bodies`` in the order of the places."""
         self._same(await self._engines.tell("connect", timeout_s=timeout_s, **self._each(bodies)))
 
     async def begin(
-        self, epoch: int, version: int, push_id: str, *, timeout_s: float
+        self, epoch: int, version: int, push_id: str, *, live: bool, timeout_s: float
     ) -> list[Answer[None]]:
-        """Every worker checks its tensors' identity and marks itself dirty."""
-        body = BeginBody(epoch, version, push_id)
+        """Every worker checks its tensors' identity; one whose live memory is written is dirty."""
+        body = BeginBody(epoch, version, push_id, live)
         answers = self._same(await self._engines.tell("begin", body=body, timeout_s=timeout_s))
         for worker in self.status:
-            worker.dirty = True
+            worker.dirty = worker.dirty or live
         return answers
+
+    async def prepare(
+        self, bodies: Sequence[PrepareBody], *, timeout_s: float
+    ) -> list[Answer[PrepareReply]]:
+        """Every worker checks what was written so far; where its time went."""
+        return self._same(
+            await self._engines.ask(
+                "prepare", PrepareReply, timeout_s=timeout_s, **self._each(bodies)
+            )
+        )
 
     async def commit(
         self, bodies: Sequence[CommitBody], version: int, *, timeout_s: float
@@ -145,8 +182,19 @@ class Workers:
             worker.dirty, worker.version = False, version
         return answers
 
-    async def abort(self, push_id: str, *, timeout_s: float) -> tuple[frozenset[int], bool]:
-        """Every worker gives the push up; their versions, and whether any of them is dirty."""
+    async def rollback(self, to: int, *, timeout_s: float) -> list[Answer[RollbackReply]]:
+        """Every worker puts the version before back."""
+        answers = self._same(
+            await self._engines.ask(
+                "rollback", RollbackReply, body=RollbackBody(to), timeout_s=timeout_s
+            )
+        )
+        for worker in self.status:
+            worker.dirty, worker.version = False, to
+        return answers
+
+    async def abort(self, push_id: str, *, timeout_s: float) -> Aborted:
+        """Every worker gives the push up, and tells what it holds."""
         answers = self._same(
             await self._engines.ask(
                 "abort", AbortReply, body=AbortBody(push_id), timeout_s=timeout_s
@@ -154,7 +202,11 @@ class Workers:
         )
         for worker, answer in zip(self.status, answers, strict=True):
             worker.dirty, worker.version = answer.body.dirty, answer.body.version
-        return frozenset(a.body.version for a in answers), any(a.body.dirty for a in answers)
+        return Aborted(
+            frozenset(a.body.version for a in answers),
+            any(a.body.dirty for a in answers),
+            common(a.body.rollback_to for a in answers),
+        )
 
     async def close(self, *, timeout_s: float) -> None:
         """Every worker drops its peers and registrations: late writes find nothing (WS-8)."""
@@ -206,6 +258,12 @@ class Workers:
         return answers
 
 
+def common(values: Iterable[int | None]) -> int | None:
+    """What all of them are; None: they differ."""
+    found = set(values)
+    return found.pop() if len(found) == 1 else None
+
+
 def _identified(url: str, info: Mapping[str, Any]) -> EngineStatus:
     warnings = [str(warning) for warning in info.get("warnings", [])]
     for warning in warnings:
@@ -253,4 +311,5 @@ def _offer(answer: Answer[LayoutReply]) -> WorkerOffer:
         direct=sum(r.mode == "direct" for r in regions),
         staged=sum(r.mode == "staged" for r in regions),
         nbytes=sum(r.nbytes for r in regions),
+        shadow=sum(r.mode == "shadow" for r in regions),
     )
