@@ -15,8 +15,10 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from weightsync.errors import AuthError
-from weightsync_server.agent.auth import OPEN_PATHS, REPLY_PATH
+from weightsync_server.agent.auth import REPLY_PATH
 from weightsync_server.agent.problems import problem_response
+
+_PATHS = {"/healthz", "/readyz", REPLY_PATH}
 
 
 class SideDoor(uvicorn.Server):
@@ -62,7 +64,7 @@ def only_for_side_door(app: ASGIApp) -> ASGIApp:
     """``app``, of which nothing but probes and workers' answers is to be seen."""
 
     async def door(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] in {*OPEN_PATHS, REPLY_PATH}:
+        if scope["type"] == "http" and scope["path"] in _PATHS:
             await app(scope, receive, send)
             return
         error = AuthError(
