@@ -22,6 +22,7 @@ from weightsync.plan import TransportPlan
 from weightsync.transport.base import LocalMemory
 from weightsync_client.converted import ConvertedSource
 from weightsync_client.source import StateDictSource, WeightSource, dtype_name
+from weightsync_client.structure import PreparedSource
 
 #: a box: its tensor's name and its place among that tensor's boxes
 Key = tuple[str, int]
@@ -75,6 +76,8 @@ class Loan:
         self._index: dict[int, int] = {}
         self._seen: dict[Key, tuple[object, ...]] = {}
         self._origins: list[int] = []
+        #: of a source whose tensors are where they were
+        self._mark: tuple[object, ...] | None = None
         self._bytes: dict[int, torch.Tensor] = {}
         self.memory: list[LocalMemory] = []
         places: dict[Key, Place] = {}
@@ -154,11 +157,16 @@ class Loan:
 
     def moved(self, source: WeightSource) -> set[str]:
         """Names of lent tensors whose values are elsewhere now, or are seen otherwise."""
-        return {
+        mark = source.mark if isinstance(source, PreparedSource) else None
+        if not self._seen or (mark is not None and mark == self._mark):
+            return set()
+        moved = {
             name
             for (name, box), form in self._seen.items()
             if _form(source.local(name, box)) != form
         }
+        self._mark = None if moved else mark
+        return moved
 
     def close(self) -> None:
         """Let go of the memory.  No write may be in flight."""

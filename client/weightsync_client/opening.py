@@ -68,6 +68,7 @@ def _admitted(attempt: Attempt, session: Session, urls: list[str]) -> bool:
 def _reopen(attempt: Attempt, pushed: Pushed) -> Session:
     settings = attempt.settings
     attempt.held.end_session()
+    pushed.look_again()
     attempt.held.session = session = open_session(
         attempt.roster,
         attempt.held.ranks,

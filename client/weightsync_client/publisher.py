@@ -29,6 +29,7 @@ from weightsync_client.quantization import QuantizationSpec
 from weightsync_client.report import PushReport
 from weightsync_client.settings import Deadlines, token_from_env
 from weightsync_client.source import Conversion, Weights, as_spec
+from weightsync_client.structure import Structures
 from weightsync_client.tls import Cert, Verify, tls_context
 
 _DAY_S = 86_400.0
@@ -161,6 +162,7 @@ class Publisher:
             progress=make_progress(progress if ranks.rank == 0 else "off"),
         )
         self._quantization = quantization
+        self._structures = Structures()
         self._held = Open(fleet, ranks)
         self._one_push = threading.Lock()
         # Also at exit: the transport must let go of the memory before the interpreter does (WS-9).
@@ -192,7 +194,7 @@ class Publisher:
                 "this publisher is in the middle of another push", hint="push from one thread"
             )
         try:
-            pushed = Pushed(model, self._conversion, self._quantization)
+            pushed = Pushed(model, self._conversion, self._quantization, self._structures)
             push = Push(self._held, self._settings, pushed, version)
             try:
                 return push.run()

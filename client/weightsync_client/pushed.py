@@ -11,6 +11,7 @@ from weightsync_client.declaration import Declaration
 from weightsync_client.quantization import QuantizationSpec
 from weightsync_client.quantized import QuantizedSource
 from weightsync_client.source import Conversion, Weights, WeightSource, as_source
+from weightsync_client.structure import PreparedSource, Structures
 
 
 class Pushed:
@@ -20,6 +21,7 @@ class Pushed:
         model: See :meth:`weightsync_client.publisher.Publisher.push`.
         conversion: What makes checkpoint tensors of it.
         quantization: What of those is published as fp8.
+        structures: Of earlier pushes with the same conversion; None: nothing is kept.
     """
 
     def __init__(
@@ -27,15 +29,29 @@ class Pushed:
         model: Weights,
         conversion: Conversion = "auto",
         quantization: QuantizationSpec | None = None,
+        structures: Structures | None = None,
     ) -> None:
         self._model = model
         self._conversion = conversion
         self._quantization = quantization
+        # scales are told in a push: what was learned of them must not be looked at again
+        self._structures = structures if quantization is None else None
 
     @cached_property
     def given(self) -> WeightSource:
         """Where the checkpoint's values are.  Errors are :func:`as_source`'s."""
+        if self._structures is not None:
+            prepared = self._structures.prepared(self._model)
+            if prepared is not None:
+                return prepared
         return as_source(self._model, self._conversion)
+
+    def look_again(self) -> None:
+        """For a rendezvous: the weights themselves are looked at, whatever is known of them."""
+        if isinstance(self.given, PreparedSource):
+            self._structures = None
+            for made in ("given", "quantized", "declaration"):
+                self.__dict__.pop(made, None)
 
     @cached_property
     def quantized(self) -> QuantizedSource | None:
@@ -52,7 +68,13 @@ class Pushed:
     @cached_property
     def declaration(self) -> Declaration:
         """What this rank has."""
-        return Declaration.of(self.source)
+        source = self.source
+        if isinstance(source, PreparedSource):
+            return source.declaration
+        declaration = Declaration.of(source)
+        if self._structures is not None:
+            self._structures.learn(self._model, source, declaration)
+        return declaration
 
     @property
     def device(self) -> torch.device:

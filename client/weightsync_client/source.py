@@ -115,7 +115,7 @@ class ModuleSource(StateDictSource):
     """
 
     def __init__(self, module: nn.Module, *, dtype: torch.dtype | None = None) -> None:
-        module, tensors = _named_tensors(module)
+        module, tensors = named_tensors(module)
         self._take(checkpoint_tensors(module, tensors).items(), dtype)
 
 
@@ -141,7 +141,7 @@ def as_source(model: Weights, conversion: Conversion = "auto") -> WeightSource:
     """
     spec = as_spec(conversion)
     if spec == "auto" and isinstance(model, nn.Module):
-        module, tensors = _named_tensors(model)
+        module, tensors = named_tensors(model)
         spec = conversion_of(module)
         if spec is None:
             return ModuleSource(model)
@@ -186,7 +186,7 @@ def _named(
     model: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
 ) -> Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]:
     if isinstance(model, nn.Module):
-        return _named_tensors(model)[1]
+        return named_tensors(model)[1]
     if isinstance(model, Mapping) or (isinstance(model, Iterable) and not isinstance(model, str)):
         return model
     raise InputError(
@@ -195,12 +195,18 @@ def _named(
     )
 
 
-def _named_tensors(module: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """The module itself, and its state dict without what wrappers put in front of the names."""
+def named_tensors(
+    module: nn.Module, *, keep: bool = False
+) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """The module itself, and its state dict without what wrappers put in front of the names.
+
+    ``keep``: the parameters themselves, and not detached ones.
+    """
     if isinstance(module, nn.parallel.DistributedDataParallel):
         module = module.module
     module = getattr(module, "_orig_mod", module)
-    return module, {n.replace("_orig_mod.", ""): t for n, t in module.state_dict().items()}
+    state = module.state_dict(keep_vars=keep)
+    return module, {n.replace("_orig_mod.", ""): t for n, t in state.items()}
 
 
 def _pairs(named: Iterable[object]) -> Iterator[tuple[str, object]]:

@@ -1,0 +1,171 @@
+"""What is the same in every push of a model: its checkpoint tensors, and where each lies in it.
+
+Making a source out of a model costs tens of microseconds a tensor: conversions, boxes, aliases.
+Where a model's tensors have the form that they had, only their addresses are new.  Nothing here
+keeps a tensor alive: a trainer may move its weights away between two pushes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from weightsync.geometry import Box
+from weightsync.manifest import TensorSpec
+from weightsync_client.converted import ConvertedSource
+from weightsync_client.declaration import Declaration
+from weightsync_client.held import LocalShard, is_dtensor
+from weightsync_client.source import StateDictSource, Weights, WeightSource, named_tensors
+
+_PLAIN = {torch.Tensor, nn.Parameter, nn.Buffer}
+
+
+class _View(NamedTuple):
+    """A box's values as elements of one of the tensors; ``offset`` from that tensor's first."""
+
+    base: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """The form of one model, and what was made of it.
+
+    Attributes:
+        model: The module; None: a mapping.
+        form: Of its tensors, but for their addresses.
+        declaration: What the source declared.
+        holdings: Its boxes.
+        views: Where they lie, by name and box.
+    """
+
+    model: weakref.ref[nn.Module] | None
+    form: list[object]
+    declaration: Declaration
+    holdings: Mapping[str, tuple[Box, ...]]
+    views: Mapping[str, tuple[_View, ...]]
+
+
+class PreparedSource:
+    """A model whose structure is known, with the addresses of this push.
+
+    Attributes:
+        mark: Equal for two pushes of the same structure from the same memory.
+        declaration: What was declared when it was looked at.
+    """
+
+    def __init__(
+        self, structure: Structure, bases: Sequence[torch.Tensor], at: tuple[int, ...]
+    ) -> None:
+        self.mark = (structure, at)
+        self.declaration = structure.declaration
+        self._structure = structure
+        self._bases = bases
+
+    def manifest(self) -> Iterable[TensorSpec]:
+        """See :class:`weightsync_client.source.WeightSource`."""
+        return self._structure.declaration.tensors
+
+    def holdings(self) -> Mapping[str, tuple[Box, ...]]:
+        """See :class:`weightsync_client.source.WeightSource`."""
+        return self._structure.holdings
+
+    def local(self, name: str, box_index: int) -> torch.Tensor:
+        """The values of one box: a view."""
+        view = self._structure.views[name][box_index]
+        base = self._bases[view.base].detach()
+        return base.as_strided(view.shape, view.strides, base.storage_offset() + view.offset)
+
+
+class Structures:
+    """The structure that was pushed last."""
+
+    def __init__(self) -> None:
+        self._known: Structure | None = None
+
+    def prepared(self, model: Weights) -> PreparedSource | None:
+        """A source for a model of the known structure; None: it has to be looked at."""
+        known = self._known
+        if known is None or (known.model is not None and known.model() is not model):
+            return None
+        found = _look(model)
+        if found is None or found.form != known.form or (known.model is None) != found.mapping:
+            return None
+        return PreparedSource(known, found.bases, found.at)
+
+    def learn(self, model: Weights, source: WeightSource, declaration: Declaration) -> None:
+        """Keep what was made of a model, if all of it are views of the model's tensors."""
+        self._known = None
+        found = _look(model)
+        if found is None or not isinstance(source, StateDictSource | ConvertedSource):
+            return
+        by_storage = {_storage(base): k for k, base in enumerate(found.bases)}
+        holdings = source.holdings()
+        views: dict[str, tuple[_View, ...]] = {}
+        for name, boxes in holdings.items():
+            made = []
+            for box in range(len(boxes)):
+                values = source.local(name, box)
+                k = by_storage.get(_storage(values))
+                if k is None or values.dtype != found.bases[k].dtype or not values.numel():
+                    return  # computed, or nothing to find it by
+                offset = int(values.storage_offset() - found.bases[k].storage_offset())
+                made.append(_View(k, tuple(values.shape), values.stride(), offset))
+            views[name] = tuple(made)
+        ref = weakref.ref(model) if isinstance(model, nn.Module) else None
+        self._known = Structure(ref, found.form, declaration, dict(holdings), views)
+
+
+class _Found(NamedTuple):
+    mapping: bool
+    bases: list[torch.Tensor]
+    form: list[object]
+    at: tuple[int, ...]
+
+
+def _look(model: Weights) -> _Found | None:
+    """A model's own tensors; None: they cannot be looked at twice, or are of unknown kinds."""
+    if not isinstance(model, nn.Module | dict):
+        return None
+    form: list[object] = []
+    bases: list[torch.Tensor] = []
+    with torch.no_grad():
+        named: Mapping[str, Any] = (
+            named_tensors(model, keep=True)[1] if isinstance(model, nn.Module) else model
+        )
+        for name, tensor in named.items():
+            base, part = _part(tensor)
+            if type(base) not in _PLAIN or base.is_conj() or base.is_neg():
+                return None
+            form.append(
+                (
+                    name, part, base.dtype, base.shape, base.stride(), base.storage_offset(),
+                    base.device,
+                )
+            )  # fmt: skip
+            bases.append(base)
+    # which are parts of one memory, tied ones among them: their offsets in it are above
+    first: dict[int, int] = {}
+    form.append([first.setdefault(_storage(base), k) for k, base in enumerate(bases)])
+    at = tuple(base.data_ptr() for base in bases)
+    return _Found(not isinstance(model, nn.Module), bases, form, at)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _part(tensor: Any) -> tuple[Any, object]:
+    """What this rank has of a tensor, and which part of the whole that is."""
+    if isinstance(tensor, LocalShard):
+        return tensor.tensor, (tensor.shape, tensor.offset)
+    if is_dtensor(tensor):
+        return tensor.to_local(), (tensor.shape, tensor.placements, tensor.device_mesh)
+    return tensor, None
