@@ -22,7 +22,7 @@ class Identity:
     addr: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    dtype: str
+    dtype: torch.dtype
     storage_nbytes: int
 
     @classmethod
@@ -32,7 +32,7 @@ class Identity:
             t.data_ptr(),
             tuple(t.shape),
             tuple(t.stride()),
-            str(t.dtype),
+            t.dtype,
             t.untyped_storage().nbytes(),
         )
 
@@ -45,6 +45,22 @@ def tensor_at(model: nn.Module, name: str) -> torch.Tensor | None:
     except AttributeError:
         return None
     return own_tensors(module).get(leaf)
+
+
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer by its dotted name; one that has several names has them all."""
+    found: dict[str, torch.Tensor] = {}
+    rest = [("", model)]
+    while rest:
+        prefix, module = rest.pop()
+        for store in (module._parameters, module._buffers):  # noqa: SLF001
+            for name, t in store.items():
+                if t is not None:
+                    found[prefix + name] = t
+        for name, child in module._modules.items():  # noqa: SLF001
+            if child is not None:
+                rest.append((f"{prefix}{name}.", child))
+    return found
 
 
 def own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -95,8 +111,9 @@ def check_identities(model: nn.Module, known: dict[str, Identity]) -> None:
     Raises:
         IdentityError: One moved; a write to its old place would be lost or would corrupt.
     """
+    tensors = tensors_of(model)  # the engine stands still meanwhile: one walk, not one a name
     for name, identity in known.items():
-        t = tensor_at(model, name)
+        t = tensors.get(name)
         now = None if t is None else Identity.of(t)
         if now != identity:
             raise IdentityError(
