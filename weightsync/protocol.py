@@ -146,6 +146,7 @@ class BeginRequest(Message):
     epoch: int
     push_id: Id
     version: Version
+    reset_prefix_cache: bool = True
     timeout_s: Seconds = 60.0
     mode: PushMode = "direct"
 
@@ -182,7 +183,6 @@ class CommitRequest(Message):
     push_id: Id
     version: Version
     ranks: list[RankDigests]
-    reset_prefix_cache: bool = True
     timeout_s: Seconds = 300.0
 
 

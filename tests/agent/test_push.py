@@ -72,9 +72,45 @@ async def test_the_prefix_cache_is_reset_before_the_commit_and_only_if_wanted(
 ):
     t = await trainer(agent).rendezvous()
     await t.pause()
-    await t.begin(1)
-    await t.commit(1, reset_prefix_cache=False)
+    await t.begin(1, reset_prefix_cache=False)
+    await t.commit(1)
     assert "reset_prefix_cache" not in engine.client.ops
+
+
+async def test_the_prefix_cache_is_reset_while_the_writes_come_in(agent, engine, trainer):
+    t = await trainer(agent).rendezvous()
+    await t.pause()
+    await t.begin(1)
+    for _ in range(500):
+        if "reset_prefix_cache" in engine.client.ops:
+            break
+        await asyncio.sleep(0.01)
+    assert (await agent.status())["state"] == "receiving"
+    await t.begin(1)  # a sign of life resets nothing again
+    await t.commit(1)
+    assert engine.client.ops.count("reset_prefix_cache") == 1
+
+
+async def test_a_push_that_is_aborted_leaves_its_reset_behind(agent, engine, trainer):
+    engine.client.hang.add("reset_prefix_cache")
+    t = await trainer(agent).rendezvous()
+    await t.pause()
+    await t.begin(1)
+    await t.abort()
+    t.push_id = "p2"
+    engine.client.hang.clear()
+    await t.rendezvous()
+    assert (await t.push(2))["version"] == 2
+
+
+async def test_a_reset_that_hangs_ends_with_the_commits_deadline(agent, engine, trainer):
+    engine.client.hang.add("reset_prefix_cache")
+    t = await trainer(agent).rendezvous()
+    await t.pause()
+    await t.begin(1)
+    problem = await t.commit(1, expect=504, timeout_s=0.3)
+    assert problem["code"] == "deadline_exceeded"
+    assert (await agent.status())["state"] == "torn"
 
 
 async def test_a_prefix_cache_that_will_not_reset_tears_the_engine(agent, engine, trainer):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsync.errors import DeadlineError, EngineDetachedError, EngineError, WeightSyncError
-from weightsync.protocol import PauseRequest
+from weightsync.protocol import BeginRequest, PauseRequest
 from weightsync.state import AgentState, Effect, step
 from weightsync.state_events import (
     Aborted,
@@ -39,6 +39,7 @@ from weightsync.state_events import (
     RolledBack,
     SessionOpened,
 )
+from weightsync_server.agent.cache_reset import CacheReset
 from weightsync_server.agent.engines import Engines
 from weightsync_server.agent.events import EventHub
 from weightsync_server.agent.journal import Journal, Record, Remembered
@@ -86,6 +87,7 @@ class Service:
         self.journal = Journal(journal_path, lambda error: self.note("journal", error))
         self.guard = SessionGuard()
         self._engine_timeout_s = engine_timeout_s
+        self._cache_reset = CacheReset(lambda: engines.reset_prefix_cache(engine_timeout_s))
         self._turn = asyncio.Lock()
         self._holder = ""
         self._touched = time.monotonic()
@@ -328,11 +330,12 @@ class Service:
                 )  # fmt: skip
                 for worker in begun:
                     work.span("begin", asked, worker.at, worker.place)
+                wanted = isinstance(request, BeginRequest) and request.reset_prefix_cache
+                self._cache_reset.begin(wanted=wanted, paused=state.phase == "receiving")
                 return None
             case Effect.COMMIT if isinstance(event, CommitAsked):
-                # Before the commit: the drained engine makes no new blocks meanwhile, and if this
-                # fails the workers still say that they are dirty, even to a new agent.
-                await self._reset_prefix_cache(work)
+                if (reset_s := await self._cache_reset.finish(work.left_s())) is not None:
+                    work.seconds["reset_prefix_cache"] = round(reset_s, 6)
                 committed = await self.workers.commit(
                     work.extra["bodies"], event.version, timeout_s=work.left_s()
                 )
@@ -350,6 +353,7 @@ class Service:
                 newest = max(a.body.rolled_back_from for a in back)
                 return RolledBack(state.rollback_to, newest)
             case Effect.ABORT:
+                self._cache_reset.drop()
                 return await self.workers.abort(state.owner or "", timeout_s=self._engine_timeout_s)
             case _:
                 await self.workers.close(timeout_s=self._engine_timeout_s)
