@@ -17,7 +17,7 @@ def test_a_trace_shows_what_the_agent_and_its_workers_did(stack: Stack, tmp_path
     agent = f"agent {stack.agent.url}"
     calls = lanes[agent, "calls"]
     assert [s["name"] for s in calls] == [
-        "pause", "pause", "begin_update", "begin", "commit_update", "commit", "reset_prefix_cache",
+        "pause", "pause", "begin_update", "begin", "commit_update", "commit",
         "resume", "resume",
     ]  # fmt: skip
     worker = lanes[agent, "engine0/dp0/pp0/tp0/ep0"]
