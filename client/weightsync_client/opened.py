@@ -26,6 +26,7 @@ class PushSettings:
     make_transport: Callable[[], Transport]
     check_finite: bool
     pause_mode: PauseMode
+    reset_caches: bool
     deadlines: Deadlines
     ignore: tuple[str, ...]
     max_slot_nbytes: int | None

@@ -62,6 +62,9 @@ class Publisher:
         check_finite: Refuse weights that are NaN or infinite, before anything is sent.
         pause_mode: What happens to running requests: they are kept and go on afterwards
             (``keep``), are finished first (``wait``), or end (``abort``).
+        reset_caches: The engines drop the prefix blocks and encoder outputs that they have
+            computed, and compute those of kept requests anew.  False: they go on using them, with
+            weights that they were not computed with.
         deadlines: Of every wait.
         progress: ``terminal``, ``log``, ``off``, ``auto`` (a terminal if stderr is one), or your
             own :class:`weightsync_client.progress.Progress`.
@@ -106,6 +109,7 @@ class Publisher:
         transport: Literal["nixl", "ucxx"] | Callable[[], Transport] = "nixl",
         check_finite: bool = True,
         pause_mode: PauseMode = "keep",
+        reset_caches: bool = True,
         deadlines: Deadlines | None = None,
         progress: ProgressKind | Progress = "auto",
         ignore: Sequence[str] = (),
@@ -154,6 +158,7 @@ class Publisher:
             make_transport=_maker(transport),
             check_finite=check_finite,
             pause_mode=pause_mode,
+            reset_caches=reset_caches,
             deadlines=deadlines,
             ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
             max_slot_nbytes=max_slot_bytes,

@@ -62,6 +62,7 @@ class Transaction:
         version: What the engines will serve.
         deadlines: Of each call.
         pause_mode: What happens to running requests.
+        reset_caches: Whether engines drop what they computed with other weights.
         recorder: Told of every call.
     """
 
@@ -75,6 +76,7 @@ class Transaction:
         version: int,
         deadlines: Deadlines,
         pause_mode: PauseMode,
+        reset_caches: bool,
         recorder: Recorder,
     ) -> None:
         self._recorder = recorder
@@ -85,6 +87,7 @@ class Transaction:
         self._version = version
         self._deadlines = deadlines
         self._pause_mode = pause_mode
+        self._reset_caches = reset_caches
         self.stages = dict.fromkeys(roster.urls, Stage.UNTOUCHED)
         self._answers: dict[str, StepResponse] = {}
         self._seconds: dict[str, dict[str, float]] = {}
@@ -143,6 +146,7 @@ class Transaction:
             epoch=self._members[agent.url].epoch,
             push_id=self._push_id,
             version=self._version,
+            reset_prefix_cache=self._reset_caches,
             timeout_s=self._deadlines.begin_s,
         )
 

@@ -115,6 +115,7 @@ class Transfer:
             version=attempt.version,
             deadlines=self._deadlines,
             pause_mode=attempt.settings.pause_mode,
+            reset_caches=attempt.settings.reset_caches,
             recorder=attempt.recorder,
         )
         attempt.enter("pause")

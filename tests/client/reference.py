@@ -177,6 +177,7 @@ class Agent:
     def __post_init__(self) -> None:
         self.state = st.AgentState(phase="ready", version=self.version)
         self.calls: list[str] = []
+        self.resets: list[bool] = []
         self.times: list[tuple[str, float]] = []
         self.bodies: dict[str, dict[str, Any]] = {}
         self.connections: set[Any] = set()
@@ -277,6 +278,7 @@ class Agent:
 
     def begin_update(self, body: dict[str, Any]) -> p.StepResponse:
         ask = p.BeginRequest.model_validate(body)
+        self.resets.append(ask.reset_prefix_cache)
         return self._ask(BeginAsked(ask.session, ask.epoch, ask.push_id, ask.version))
 
     def commit_update(self, body: dict[str, Any]) -> p.StepResponse:

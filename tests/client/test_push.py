@@ -52,6 +52,14 @@ def test_calls_of_a_push_come_in_the_order_of_the_protocol(
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("reset_caches", [True, False])
+def test_engines_drop_what_they_computed_unless_they_are_told_not_to(
+    reset_caches: bool, agent: Agent, make_publisher: Make, model: nn.Module
+) -> None:
+    make_publisher(agent, reset_caches=reset_caches).push(model)
+    assert set(agent.resets) == {reset_caches}
+
+
 def test_second_push_uses_the_first_ones_handles_and_connection(
     agent: Agent, make_publisher: Make, model: nn.Module
 ) -> None:
