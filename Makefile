@@ -6,7 +6,7 @@ ARGS ?=
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo plan-scale screenshots bench bench-gpu test test-slow test-vllm test-gpu test-integrations test-chaos soak pytest lint format wheel constraints clean
+.PHONY: help venv docs demo plan-scale screenshots bench bench-gpu test test-slow test-vllm test-gpu test-integrations test-chaos soak pytest lint format wheel constraints clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ lint: venv ## ruff, mypy, import-linter
 format: venv ## sort imports, apply safe fixes, format
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
+
+docs: venv ## build the documentation site into build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 wheel: venv ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --no-isolation
