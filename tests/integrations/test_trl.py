@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.integrations import doc
 from tests.support.models import new_model
 from tests.support.stack import TOKEN, Stack
 from weightsync.errors import InputError, NonFiniteError
@@ -33,20 +34,24 @@ def rows(count: int) -> list[dict[str, list[int]]]:
     return [{"input_ids": row, "labels": row} for row in tokens.tolist()]
 
 
-def train(model, folder, callback, **options):
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+def settings(folder):
+    from trl import SFTConfig
 
-    args = SFTConfig(
+    return SFTConfig(
         output_dir=str(folder), max_steps=3, per_device_train_batch_size=2, learning_rate=0.01,
         report_to=[], save_strategy="no", use_cpu=True, bf16=False, logging_strategy="no",
         disable_tqdm=True, dataset_kwargs={"skip_prepare_dataset": True},
-        gradient_checkpointing=False, **options,
+        gradient_checkpointing=False,
     )  # fmt: skip
-    tokenizer = tiny_tokenizer()
+
+
+def train(model, folder, callback):
+    from datasets import Dataset
+    from trl import SFTTrainer
+
     trainer = SFTTrainer(
-        model=model, args=args, train_dataset=Dataset.from_list(rows(6)),
-        processing_class=tokenizer, callbacks=[callback],
+        model=model, args=settings(folder), train_dataset=Dataset.from_list(rows(6)),
+        processing_class=tiny_tokenizer(), callbacks=[callback],
     )  # fmt: skip
     trainer.train()
     return trainer
@@ -88,6 +93,21 @@ def test_what_the_engine_has_after_training_is_what_was_trained(stack, publisher
     train(model, tmp_path, callback)
     assert len(callback.reports) == 3
     stack.assert_holds(model.state_dict(), callback.reports[-1].version)
+
+
+def test_the_pages_example_of_the_callback_runs(stack, tmp_path, monkeypatch):
+    from datasets import Dataset
+    from trl import SFTTrainer
+
+    model = new_model("qwen3", seed=27)
+    names = {
+        "SFTTrainer": SFTTrainer, "model": model, "args": settings(tmp_path),
+        "dataset": Dataset.from_list(rows(6)), "tokenizer": tiny_tokenizer(),
+    }  # fmt: skip
+    before = stack.status()["version"]
+    code = doc.block("TRL and transformers", "python")
+    doc.run(code, monkeypatch, agent=stack.agent.url, **names)
+    stack.assert_holds(model.state_dict(), before + 4)
 
 
 def test_a_push_that_fails_ends_the_training_with_its_error(stack, publisher, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.integrations import doc
 from tests.support.stack import Stack, new_engine
 from weightsync.errors import TransportError
 
@@ -51,3 +52,10 @@ def test_ends_with_different_transports_are_told_so_and_nothing_is_sent(ucxx_sta
     ):
         publisher.push(ucxx_stack.weights())
     ucxx_stack.assert_serves(held)
+
+
+def test_the_pages_example_of_ucxx_runs(ucxx_stack, monkeypatch):
+    weights = ucxx_stack.weights()
+    code = doc.block("ucxx, for hosts without NIXL", "python")
+    doc.run(code, monkeypatch, agent=ucxx_stack.agent.url, model=weights)
+    ucxx_stack.assert_holds(weights, ucxx_stack.status()["version"])

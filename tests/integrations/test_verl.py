@@ -7,11 +7,14 @@ import importlib.metadata
 import threading
 from importlib.util import find_spec
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
+from tests.integrations import doc
 from tests.support.stack import TOKEN, Stack
 from weightsync.errors import InputError, NonFiniteError
 
@@ -21,8 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 base = pytest.importorskip("verl.checkpoint_engine.base")
-
-MODULE = "weightsync_client.integrations.verl"
 
 
 @pytest.fixture
@@ -37,13 +38,24 @@ def vllm_is_known(monkeypatch) -> None:
 
 
 @pytest.fixture
-def config(stack: Stack):
+def rollout() -> dict[str, Any]:
+    """What the page sets of verl's rollout."""
+    page = yaml.safe_load(doc.block("verl", "yaml"))
+    return dict(page["actor_rollout_ref"]["rollout"])
+
+
+@pytest.fixture
+def config(stack: Stack, rollout):
+    from verl.utils.import_utils import import_external_libs
     from verl.workers.config import CheckpointEngineConfig
 
-    options = {"agents": [stack.agent.url], "token": TOKEN, "progress": "off"}
-    return CheckpointEngineConfig(
-        backend="weightsync", custom_backend_module=MODULE, engine_kwargs={"weightsync": options}
-    )
+    given = rollout["checkpoint_engine"]
+    ours = given["engine_kwargs"]["weightsync"]
+    assert ours == {"agents": ["http://agent:9100"]}
+    ours |= {"agents": [stack.agent.url], "token": TOKEN, "progress": "off"}
+    config = CheckpointEngineConfig(**given)
+    import_external_libs(config.custom_backend_module)
+    return config
 
 
 def new_engine(config, **options):
@@ -198,9 +210,13 @@ def test_actors_share_the_tensors_by_bytes_and_none_is_lost_or_sent_twice():
     assert max(totals) - min(totals) <= 4 * max(sizes)
 
 
-def test_verls_worker_extension_and_ours_go_into_one_worker(vllm_is_known):
-    from weightsync_server.integrations.verl_worker import WeightsyncVerlWorker
+def test_verls_worker_extension_and_ours_go_into_one_worker(vllm_is_known, rollout):
+    from vllm.utils.import_utils import resolve_obj_by_qualname
 
-    assert callable(WeightsyncVerlWorker.weightsync_call)
-    assert callable(WeightsyncVerlWorker.update_weights_from_ipc)
-    assert callable(WeightsyncVerlWorker.monkey_patch_model)
+    options = rollout["engine_kwargs"]["vllm"]
+    worker = resolve_obj_by_qualname(options["worker_extension_cls"])
+    assert callable(worker.weightsync_call)
+    assert callable(worker.update_weights_from_ipc)
+    assert callable(worker.monkey_patch_model)
+    (middleware,) = map(resolve_obj_by_qualname, options["middleware"])
+    assert middleware.__name__ == "WeightsyncMiddleware"

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.integrations import doc
 from tests.support.models import new_model
 from tests.support.stack import TOKEN, Stack, environ
 from tests.support.torch_host import ROOT
@@ -263,3 +264,17 @@ def test_a_trainer_without_a_source_is_refused():
     info = WeightsyncTrainerInitInfo(rank=0, agents=["http://127.0.0.1:1"])
     with pytest.raises(InputError, match="no source"):
         transfer.WeightTransferTrainerFactory.trainer_init(info, client=None)
+
+
+@pytest.mark.nixl
+def test_the_pages_example_of_vllms_api_runs(stack, monkeypatch):
+    import vllm.distributed.weight_transfer as package
+
+    client = Client()
+    monkeypatch.setattr(package, "HTTPVLLMWeightSyncClient", lambda url: client)
+    model = new_model("qwen3", seed=12)
+    code = doc.block("vLLM's own weight-transfer API", "python")
+    trainer = doc.run(code, monkeypatch, agent=stack.agent.url, model=model)["trainer"]
+    trainer.shutdown()
+    stack.assert_holds(model.state_dict(), trainer.report.version)
+    assert client.calls[-1] == ("finish", str(trainer.report.version))

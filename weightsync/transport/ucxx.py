@@ -314,6 +314,7 @@ class UcxxTransport(Transport):
     def _run(self) -> None:
         while not self._closed:
             with self.lock:
+                self._wire.use_device()
                 moved = not self._closed and self._pump()
             if not moved:
                 self._wire.rest(_REST_S)

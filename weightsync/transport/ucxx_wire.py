@@ -140,6 +140,7 @@ class Wire:
             ) from error
         self.address = bytes(self._worker.address.tobytes())
         self.error: type[Exception] = self._api.UCXError
+        self._device: int | None = None
         self._arriving: list[tuple[Any, Any]] = []
         #: requests that nobody waits for, with the memory that they read
         self._leaving: list[tuple[Any, Any]] = []
@@ -152,6 +153,7 @@ class Wire:
     def memory(self, addr: int, nbytes: int, side: Side) -> Any:
         """Memory by its address, as ucxx takes it."""
         if side.kind == "VRAM":
+            self._device = side.device_id
             return self._array(_DeviceBytes(addr, nbytes))
         return self._array((ctypes.c_ubyte * nbytes).from_address(addr))
 
@@ -192,6 +194,11 @@ class Wire:
         poll = select.poll()  # one object is one thread's
         poll.register(self._worker.epoll_file_descriptor, select.POLLIN)
         poll.poll(timeout_s * 1000)
+
+    def use_device(self) -> None:
+        """Give this thread the CUDA context that UCX copies with, if there is device memory."""
+        if self._device is not None:
+            importlib.import_module("ucxx._cuda_context").ensure_cuda_context(self._device)
 
     def arm(self) -> bool:
         """Whether there is nothing left to do, so that :meth:`rest` may be called."""
