@@ -76,13 +76,32 @@ class KernelRegion:
 
 
 @dataclass(frozen=True, slots=True)
+class Scratch:
+    """Registered memory of a worker that nothing reads: a probe may write there at any time (WS-1).
+
+    Attributes:
+        addr: Start address in the worker's address space.
+        nbytes: Length.
+        kind: As that of the regions.
+        device_id: Device of the memory as the worker counts (0 for DRAM).
+    """
+
+    addr: int
+    nbytes: int
+    kind: MemoryKind = "DRAM"
+    device_id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerLayout:
     """Everything that a trainer must know to write to one worker.
 
-    ``skipped`` are the manifest's tensors that the engine's loader takes and drops.
+    ``skipped`` are the manifest's tensors that the engine's loader takes and drops; ``scratch`` is
+    where a probe goes.
     """
 
     place: WorkerPlace
     regions: tuple[KernelRegion, ...]
     records: tuple[CopyRecord, ...]
     skipped: tuple[str, ...] = ()
+    scratch: Scratch | None = None

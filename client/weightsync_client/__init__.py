@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from weightsync_client.policy import Quorum
     from weightsync_client.publisher import Publisher
     from weightsync_client.quantization import QuantizationSpec
-    from weightsync_client.report import AgentOutcome, PushReport
+    from weightsync_client.report import AgentOutcome, PushReport, WarmupReport
     from weightsync_client.settings import Deadlines
     from weightsync_client.source import ModuleSource, StateDictSource, WeightSource
 
@@ -33,6 +33,7 @@ __all__ = [
     "Stack",
     "StateDictSource",
     "Unstack",
+    "WarmupReport",
     "WeightSource",
     "register_conversion",
 ]
@@ -55,6 +56,7 @@ _HOMES = {
     "Stack": "operations",
     "StateDictSource": "source",
     "Unstack": "operations",
+    "WarmupReport": "report",
     "WeightSource": "source",
     "register_conversion": "conversion",
 }

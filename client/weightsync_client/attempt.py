@@ -29,10 +29,14 @@ class Attempt:
         version: What the engines get; 0 until it is known.
         push_id: What agents and logs call it.
         roster: The agents, from the first meeting on.
+        statuses: On rank 0, what the agents told first.
         transaction: On rank 0, from the first pause on.
         wrote_nothing: No rank has begun to write.
         recorder: What this rank did when.
     """
+
+    #: what messages call it
+    what = "push"
 
     def __init__(self, held: Open, settings: PushSettings) -> None:
         self.held = held
@@ -40,6 +44,7 @@ class Attempt:
         self.version = 0
         self.push_id = f"p-{uuid.uuid4().hex}"
         self.roster: Roster
+        self.statuses: dict[str, dict[str, Any]] = {}
         self.transaction: Transaction | None = None
         self.wrote_nothing = True
         self.seconds = dict.fromkeys(PHASES, 0.0)
@@ -108,7 +113,7 @@ class Attempt:
             else "nothing was written, every engine has the weights that it had"
         )
         error.add_note(
-            f"push {self.push_id} of version {self.version} failed in phase {self._phase} "
+            f"{self.what} {self.push_id} of version {self.version} failed in phase {self._phase} "
             f"after {elapsed_s:.3f} s; {what_now}"
         )
 

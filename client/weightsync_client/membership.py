@@ -17,6 +17,7 @@ Members = Callable[[], tuple[str, ...]]
 Agents = str | Path | Sequence[str] | Callable[[], Iterable[str]]
 
 _FILE, _DNS = "file:", "dns:"
+_lookup = socket.getaddrinfo
 
 
 def members_of(agents: Agents, *, timeout_s: float) -> Members:
@@ -82,7 +83,7 @@ def _addresses(host: str, port: int, timeout_s: float) -> list[str]:
 
     def ask() -> None:
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found = _lookup(host, port, type=socket.SOCK_STREAM)
             answers.put(sorted({str(address[4][0]) for address in found}))
         except OSError as error:
             answers.put(error)

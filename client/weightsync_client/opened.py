@@ -44,6 +44,7 @@ class Open:
         session: The last rendezvous, while it may be used.
         last_version: The last version that a begin was sent for: it is not used again (WS-2).
         moved: Names of tensors that were lent and then put elsewhere: from then on they are copied.
+        lost: On rank 0, the agents that the last look found lost.
         met: Whether there was a rendezvous: the agents need not be waited for any more.
     """
 
@@ -54,6 +55,11 @@ class Open:
         self.last_version = 0
         self.moved: set[str] = set()
         self.met = False
+        self.lost: set[str] = set()
+
+    def used(self, version: int) -> None:
+        """A begin is sent for this version."""
+        self.last_version = max(self.last_version, version)
 
     def end_session(self) -> None:
         """Release the session's memory, handles and wire."""

@@ -12,6 +12,7 @@ from weightsync.errors import DeadlineError, LayoutError, TransportError, Weight
 from weightsync.layout import WorkerLayout
 from weightsync.plan import TransportPlan
 from weightsync.transport.base import PreparedWrite, Side, Transport, WriteOp
+from weightsync_client.report import Probe
 from weightsync_client.slots import Slots
 
 
@@ -78,6 +79,7 @@ class Peers:
         self._posts: dict[str, list[list[_Post]]] = {}
         self._handles: dict[str, ExitStack] = {}
         self._posted_at: dict[Worker, float] = {}
+        self._names: dict[Worker, str] = {}
 
     def add(self, url: str, member: Member) -> None:
         """Take an agent in; an older self of it is dropped."""
@@ -86,7 +88,9 @@ class Peers:
 
     def drop(self, url: str) -> None:
         """Release peers and handles of an agent (WS-8)."""
-        self.members.pop(url, None)
+        member = self.members.pop(url, None)
+        for worker in member.workers if member is not None else ():
+            self._names.pop(worker, None)
         self._posts.pop(url, None)
         if (handles := self._handles.pop(url, None)) is not None:
             handles.close()
@@ -121,7 +125,7 @@ class Peers:
                 worker=worker.place,
             )
         (remote,) = sides
-        peer = self._transport.add_peer(worker.metadata)
+        peer = self._names[worker] = self._transport.add_peer(worker.metadata)
         # before the slots go: a write that was given up may still be on its way (WS-3)
         handles.callback(self._transport.remove_peer, peer)
         for k in rounds:
@@ -169,13 +173,69 @@ class Peers:
         except (TransportError, DeadlineError):
             if strict:
                 raise
-            for post in posted:  # which of them?
-                try:
-                    self._wait([post], deadline)
-                except (TransportError, DeadlineError) as error:
-                    self.in_flight = self.in_flight or isinstance(error, DeadlineError)
-                    failed.setdefault(post.worker.agent, error)
+            failed |= self._late(posted, deadline)
         return failed
+
+    def _late(self, posts: Iterable[_Post], deadline: float) -> dict[str, WeightSyncError]:
+        """Which of these posts fail, by the agent's URL."""
+        failed: dict[str, WeightSyncError] = {}
+        for post in posts:
+            try:
+                self._wait([post], deadline)
+            except (TransportError, DeadlineError) as error:
+                self.in_flight = self.in_flight or isinstance(error, DeadlineError)
+                failed.setdefault(post.worker.agent, error)
+        return failed
+
+    def probe(self, *, timeout_s: float) -> tuple[list[Probe], dict[str, WeightSyncError]]:
+        """Write to the scratch memory of every worker, which no engine reads (WS-1).
+
+        Returns:
+            The second write to each worker, and what failed, by the agent's URL.
+        """
+        deadline = time.monotonic() + timeout_s
+        failed: dict[str, WeightSyncError] = {}
+        probes: list[Probe] = []
+        with ExitStack() as handles:
+            posts: list[_Post] = []
+            for worker in [w for member in self.members.values() for w in member.workers]:
+                try:
+                    if (write := self._prepare_probe(worker)) is not None:
+                        posts.append(_Post(worker, handles.enter_context(write), last=False))
+                        self._post_probe(posts[-1])
+                except TransportError as error:
+                    failed.setdefault(worker.agent, error)
+            failed |= self._late([p for p in posts if p.worker.agent not in failed], deadline)
+            for post in posts:  # once more, now that all are connected, and one at a time
+                if post.worker.agent in failed:
+                    continue
+                started = time.perf_counter()
+                try:
+                    self._post_probe(post)
+                except TransportError as error:
+                    failed[post.worker.agent] = error
+                    continue
+                failed |= self._late([post], deadline)
+                took_s = time.perf_counter() - started
+                place = f"{post.worker.agent}/{post.worker.place}"
+                probes.append(Probe(place, post.write.nbytes, took_s))
+        return probes, failed
+
+    def _prepare_probe(self, worker: Worker) -> PreparedWrite | None:
+        """None where this rank writes nothing to that worker, or the worker has no scratch."""
+        scratch, slab = worker.layout.scratch, self._slots.slab.memory
+        peer = self._names.get(worker)
+        if scratch is None or peer is None:
+            return None
+        op = WriteOp(slab.addr, scratch.addr, min(slab.nbytes, scratch.nbytes))
+        return self._transport.prepare(
+            peer, [op],
+            local=Side(slab.kind, slab.device_id), remote=Side(scratch.kind, scratch.device_id),
+        )  # fmt: skip
+
+    def _post_probe(self, post: _Post) -> None:
+        epoch = self.members[post.worker.agent].epoch
+        self._transport.post(post.write, f"probe:{epoch}:{self._plan.rank}".encode())
 
     def _wait(self, posts: Iterable[_Post], deadline: float) -> None:
         left_s = max(deadline - time.monotonic(), 0.0)

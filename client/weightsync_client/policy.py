@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from weightsync.errors import InputError, WeightSyncError, from_problem
 from weightsync_client.control import Agent, Fleet, first_of
+from weightsync_client.report import AgentOutcome
 
 T = TypeVar("T")
 
@@ -130,12 +131,26 @@ class Roster:
             error = failed[agent.url]
             self.failures[agent.url] = Failure(phase, error)
             self.present.remove(agent)
-            _log.warning("agent %s is dropped in phase %s: %s", agent.url, phase, error)
+            if phase != "check":  # a look at each step would say the same at each step
+                _log.warning("agent %s is dropped in phase %s: %s", agent.url, phase, error)
             self.on_drop(agent)
 
     def forget(self, urls: Collection[str]) -> None:
         """On the other ranks: rank 0 has dropped these."""
         self.present = [agent for agent in self.present if agent.url not in urls]
+
+    def outcome(
+        self, url: str, state: str, version: int, seconds: dict[str, float] | None = None
+    ) -> AgentOutcome:
+        """An agent, and whether and why it was dropped."""
+        failure = self.failures.get(url)
+        if failure is None:
+            return AgentOutcome(url, state, version, seconds or {})
+        code, text = failure.error.code, str(failure.error)
+        return AgentOutcome(
+            url, state, version, seconds or {},
+            ok=False, phase=failure.phase, code=code, error=text,
+        )  # fmt: skip
 
     def bear(self, failed: Mapping[str, WeightSyncError]) -> None:
         """On any rank, before rank 0 hears of it: under policy ``all`` a failure is an error.

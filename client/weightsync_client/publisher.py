@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal
 
@@ -17,8 +18,10 @@ from weightsync.protocol import PauseMode
 from weightsync.slab import ALIGN_NBYTES
 from weightsync.topology import cuda_address
 from weightsync.transport.base import Transport
+from weightsync_client.catch_up import CatchUp
 from weightsync_client.control import Fleet
 from weightsync_client.gloo import make_ranks
+from weightsync_client.health import check
 from weightsync_client.membership import Agents, members_of
 from weightsync_client.opened import Open, PushSettings
 from weightsync_client.policy import Policy, check_policy
@@ -26,11 +29,12 @@ from weightsync_client.progress import Progress, ProgressKind, make_progress
 from weightsync_client.push import Push
 from weightsync_client.pushed import Pushed
 from weightsync_client.quantization import QuantizationSpec
-from weightsync_client.report import PushReport
+from weightsync_client.report import AgentOutcome, PushReport, WarmupReport
 from weightsync_client.settings import Deadlines, token_from_env
 from weightsync_client.source import Conversion, Weights, as_spec
 from weightsync_client.structure import Structures
 from weightsync_client.tls import Cert, Verify, tls_context
+from weightsync_client.warmup import Warmup
 
 _DAY_S = 86_400.0
 
@@ -192,14 +196,8 @@ class Publisher:
                 ``elapsed_s`` and ``agents`` (what became of each), the notes say it to a person.
                 Every agent was told to abort, as it was at a KeyboardInterrupt.
         """
-        if not self._close.alive:
-            raise InputError("this publisher is closed", hint="make a new one")
-        if not self._one_push.acquire(blocking=False):
-            raise PushInProgressError(
-                "this publisher is in the middle of another push", hint="push from one thread"
-            )
-        try:
-            pushed = Pushed(model, self._conversion, self._quantization, self._structures)
+        with self._alone():
+            pushed = self._pushed(model)
             push = Push(self._held, self._settings, pushed, version)
             try:
                 return push.run()
@@ -210,6 +208,78 @@ class Publisher:
                 if not push.wrote_nothing:
                     raise
                 return Push(self._held, self._settings, pushed, version).run()
+
+    def warmup(self, model: Weights) -> WarmupReport:
+        """Find out before training starts whether a push will get through.
+
+        Makes the rendezvous and the registrations that the first push would make, and writes to
+        memory of every worker that no engine reads; the engines serve all the while.  A bad port,
+        a wrong network card, a missing permission or a tensor that no engine takes is an error
+        now; a wire that is far too slow is a ``SlowPathWarning``.  Every rank calls it.
+
+        Args:
+            model: What will be pushed: its names, shapes and placements count, not its values.
+
+        Raises:
+            WeightSyncError: As :meth:`push`; nothing was changed anywhere.
+        """
+        with self._alone():
+            return Warmup(self._held, self._settings, self._pushed(model)).run()
+
+    def catch_up(self, agent: str) -> AgentOutcome:
+        """Give one agent the version of the last push, from the slots; the others serve on.
+
+        For an agent that came after that push, was dropped by it, or whose engine was restarted.
+        Every rank calls it.  An agent that has the version is let be.
+
+        Args:
+            agent: Its address.
+
+        Raises:
+            NoSessionError: There was no push yet, or the last one failed.
+            InputError: What was sent is in memory no more: it went in rounds, or was sent from the
+                trainer's own tensors, which have changed since.
+            LayoutError: Its workers want what no worker of the last push wanted.
+            WeightSyncError: As :meth:`push`, for that agent alone.
+        """
+        with self._alone():
+            return CatchUp(self._held, self._settings, agent).run()
+
+    def check(self) -> tuple[AgentOutcome, ...]:
+        """See whether the agents are there: one ``GET /status`` each, all at once.
+
+        For every step of training, so that a lost agent shows before the next push.  Every rank
+        calls it, and gets the same answer.
+
+        Returns:
+            One outcome an agent; not ``ok``: a push would drop it now.
+
+        Raises:
+            WeightSyncError: The next push would fail, as the policy has it: of the first agent
+                that is lost.
+        """
+        with self._alone():
+            return check(self._held, self._settings)
+
+    def _pushed(self, model: Weights) -> Pushed:
+        return Pushed(model, self._conversion, self._quantization, self._structures)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nothing else that ranks do together goes on.
+
+        Raises:
+            InputError: This publisher is closed.
+            PushInProgressError: Something does.
+        """
+        if not self._close.alive:
+            raise InputError("this publisher is closed", hint="make a new one")
+        if not self._one_push.acquire(blocking=False):
+            raise PushInProgressError(
+                "this publisher is in the middle of another push", hint="push from one thread"
+            )
+        try:
+            yield
         finally:
             self._one_push.release()
 

@@ -120,6 +120,39 @@ class PushReport:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A rank's write to memory of a worker that nothing reads, over a connection that is up.
+
+    ``worker`` is the agent's URL and the worker's place.
+    """
+
+    worker: str
+    nbytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupReport:
+    """What a warm-up found; every worker of every agent that is ``ok`` was written to.
+
+    Attributes:
+        nbytes: Bytes that a push of these weights will write, over all workers of all agents.
+        rounds: In which they will go through the slots of the rank with the most.
+        rendezvous_s: A new epoch (0 when the last one's handles could be kept).
+        total_s: The whole call.
+        agents: One outcome an agent, with its state and version before any push.
+        slowest: Each rank's slowest probe; none of a rank that will write nothing.
+    """
+
+    nbytes: int
+    rounds: int
+    rendezvous_s: float
+    total_s: float
+    agents: tuple[AgentOutcome, ...]
+    slowest: tuple[Probe, ...]
+
+
 def human_seconds(seconds: float) -> str:
     """``850 µs``, ``61.2 ms``, ``3.45 s``."""
     if seconds < 1e-3:

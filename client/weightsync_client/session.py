@@ -25,6 +25,7 @@ from weightsync_client.declaration import Declaration
 from weightsync_client.gather import Gather
 from weightsync_client.lending import Loan
 from weightsync_client.peers import Member, Peers, Worker
+from weightsync_client.report import Probe
 from weightsync_client.slots import Slots, refuse_non_finite, torch_dtype
 from weightsync_client.source import WeightSource
 
@@ -281,6 +282,21 @@ class Session:
                     filled.result()
         self._wrote_s = time.monotonic() - started
         return failed
+
+    def probe(self, *, timeout_s: float) -> tuple[list[Probe], dict[str, WeightSyncError]]:
+        """See :meth:`weightsync_client.peers.Peers.probe`."""
+        return self._peers.probe(timeout_s=timeout_s)
+
+    def holds_sent(self) -> bool:
+        """Whether what the last push sent is in the slots and the lent memory, all of it."""
+        return (
+            self.sent is not None
+            and self.rounds <= 2
+            and all(
+                list(digest.values()) == scan(self.slots.pieces(digest), None)[0]
+                for digest in self._digests
+            )
+        )
 
     def written(self) -> list[tuple[str, float, float, int]]:
         """See :meth:`weightsync_client.peers.Peers.written`."""

@@ -24,6 +24,8 @@ class Deadlines(BaseModel):
     """Until an agent's port accepts a connection."""
     status_s: Seconds = 15.0
     """``GET /status``."""
+    check_s: Seconds = 2.0
+    """``GET /status`` in :meth:`weightsync_client.publisher.Publisher.check`, in every step."""
     rendezvous_s: Seconds = 300.0
     """Each of ``POST /init_transfer`` and ``POST /connect``: the engine traces and registers."""
     pause_s: Seconds = 60.0

@@ -92,6 +92,7 @@ def _decide(attempt: Attempt, hellos: Sequence[Hello], wait_s: float) -> Start:
         )
     attempt.enter("status")
     attempt.roster, statuses = look(held, attempt.settings, wait_s)
+    attempt.statuses = statuses
     session = held.session
     usable = session is not None and {h.session for h in hellos} == {session.key}
     stale = [

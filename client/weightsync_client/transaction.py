@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from dataclasses import replace
 from enum import IntEnum
 
 from weightsync.errors import DeadlineError, StaleEpochError, StateError, WeightSyncError
@@ -200,13 +199,7 @@ class Transaction:
     def _outcome(self, url: str) -> AgentOutcome:
         answer = self._answers.get(url)
         state, version = ("unknown", 0) if answer is None else (answer.state, answer.version)
-        outcome = AgentOutcome(url, state, version, self._seconds.get(url, {}))
-        if (failure := self._roster.failures.get(url)) is None:
-            return outcome
-        return replace(
-            outcome, ok=False, phase=failure.phase, code=failure.error.code,
-            error=str(failure.error),
-        )  # fmt: skip
+        return self._roster.outcome(url, state, version, self._seconds.get(url))
 
     def abort(self, reason: str) -> list[str]:
         """Undo what can be undone, at every agent, each in at most its deadline.

@@ -75,7 +75,7 @@ class Transfer:
         self._drop(lost)
         if attempt.held.ranks.rank:
             attempt.recorder.anchor = time.perf_counter()
-        attempt.held.last_version = attempt.version
+        attempt.held.used(attempt.version)
         # From here on another rank may have written, whatever becomes of this one.
         attempt.wrote_nothing = False
         write_s = deadlines.for_bytes(deadlines.write_s, session.nbytes)
@@ -120,7 +120,7 @@ class Transfer:
         )
         attempt.enter("pause")
         transaction.pause()
-        attempt.held.last_version = attempt.version
+        attempt.held.used(attempt.version)
         attempt.enter("begin")
         transaction.begin()
         attempt.enter("write")

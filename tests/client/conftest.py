@@ -45,8 +45,10 @@ def agent(make_agent: Callable[..., Agent]) -> Agent:
 def make_publisher(fabric: Fabric) -> Iterator[Callable[..., Publisher]]:
     made: list[Publisher] = []
 
-    def make(*agents: Agent | str, **options: Any) -> Publisher:
-        urls = [a if isinstance(a, str) else a.url for a in agents]
+    def make(*agents: Any, **options: Any) -> Publisher:
+        urls: Any = [a.url if isinstance(a, Agent) else a for a in agents]
+        if len(urls) == 1 and not str(urls[0]).startswith("http"):
+            (urls,) = urls  # what names the agents
         options = {
             "transport": partial(InMemoryTransport, fabric, "trainer"),
             "progress": "off",

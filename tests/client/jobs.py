@@ -25,7 +25,7 @@ class Job:
         self,
         fabric: Fabric,
         monkeypatch: pytest.MonkeyPatch,
-        agents: list[Agent],
+        fleet: list[Agent],
         world_size: int,
         *,
         transports: dict[int, Callable[[], Transport]] | None = None,
@@ -42,10 +42,9 @@ class Job:
             make = partial(InMemoryTransport, fabric, f"trainer{rank}")
             self.publishers.append(
                 Publisher(
-                    [a.url for a in agents],
+                    **{"agents": [a.url for a in fleet], "deadlines": QUICK, **options},
                     transport=(transports or {}).get(rank, make),
                     progress="off",
-                    **{"deadlines": QUICK, **options},
                 )
             )
 

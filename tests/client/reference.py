@@ -21,7 +21,7 @@ from weightsync.coverage import check_writes
 from weightsync.digest import digests
 from weightsync.dtypes import itemsize
 from weightsync.errors import AuthError, ManifestError, VerifyError, WeightSyncError
-from weightsync.layout import CopyRecord, KernelRegion, WorkerLayout, WorkerPlace
+from weightsync.layout import CopyRecord, KernelRegion, Scratch, WorkerLayout, WorkerPlace
 from weightsync.manifest import Manifest, TensorSpec
 from weightsync.state_events import (
     AbortAsked,
@@ -74,13 +74,15 @@ class Worker:
         self.layout: WorkerLayout | None = None
         self.writes: dict[int, list[tuple[int, int, int]]] = {}
         self.seen: list[bytes] = []
+        self.scratch = torch.zeros(8192, dtype=torch.uint8)
 
     def open(self, manifest: Manifest, wanted: list[Region]) -> p.WorkerOffer:
         self.close()
         self.transport = self.make_transport()
         self.layout = self.lay_out(manifest, wanted)
         regions = self.layout.regions
-        self.transport.register([LocalMemory(r.addr, r.nbytes) for r in regions])
+        memory = [*regions, *([self.layout.scratch] if self.layout.scratch else [])]
+        self.transport.register([LocalMemory(m.addr, m.nbytes) for m in memory])
         return p.WorkerOffer(
             place=str(self.place),
             transport="inmemory",
@@ -123,7 +125,8 @@ class Worker:
             )
         used = {record.tensor for record in records}
         skipped = tuple(t.name for t in manifest if t.name not in used)
-        return WorkerLayout(self.place, tuple(regions), tuple(records), skipped)
+        scratch = Scratch(self.scratch.data_ptr(), self.scratch.numel())
+        return WorkerLayout(self.place, tuple(regions), tuple(records), skipped, scratch)
 
     def connect(self, ranks: list[p.RankOffer], index: int) -> None:
         self.writes = {

@@ -16,6 +16,7 @@ from tests.receiver.toys import (
     state_of,
 )
 from weightsync.errors import (
+    DeadlineError,
     LayoutError,
     ManifestError,
     NoSessionError,
@@ -24,6 +25,7 @@ from weightsync.errors import (
     StaleEpochError,
     TraceError,
 )
+from weightsync.transport.base import WriteOp
 from weightsync.worker_messages import (
     AttachBody,
     ConnectBody,
@@ -44,6 +46,28 @@ def test_pushes_leave_what_a_fresh_load_would(engine, dtype):
         assert serves(engine, given)
         assert (receiver.version, receiver.dirty) == (version, False)
     assert engine.refreshed == 3
+
+
+def test_a_probe_goes_to_scratch_memory_that_no_engine_reads(engine):
+    """At any time, paused or not (WS-1); in a push its message counts for nothing (WS-2)."""
+    _, trainer = new_pair(engine)
+    layout = trainer.rendezvous(weights()).layout
+    trainer.push(weights(1), 1)
+    scratch = layout.scratch
+    assert all(
+        r.addr + r.nbytes <= scratch.addr or scratch.addr + scratch.nbytes <= r.addr
+        for r in layout.regions
+    )
+    trainer.slab.fill_(0xFF)
+    op = WriteOp(trainer.slab.data_ptr(), scratch.addr, min(trainer.slab.numel(), scratch.nbytes))
+    with trainer.transport.prepare(trainer.peer, [op]) as probe:
+        trainer.transport.post(probe, b"probe:1:0")
+        trainer.transport.wait([probe], timeout_s=5)
+    assert serves(engine, weights(1))
+    trainer.begin(2)
+    given = trainer.fill(weights(2))
+    with pytest.raises(DeadlineError, match="did not report"):
+        trainer.commit(2, given, timeout_s=0.05)
 
 
 def test_padding_is_untouched_and_no_rank_may_write_it(engine):

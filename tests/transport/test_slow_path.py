@@ -52,6 +52,18 @@ def test_nothing_is_said_of_what_may_be_right(said, nbytes, seconds, options):
     assert said(nbytes, seconds, **options) == ""
 
 
+@pytest.mark.parametrize(
+    ("nbytes", "seconds"), [(4 << 20, 0.0002), (4 << 20, 0.0005), ((4 << 20) - 1, 1.0)]
+)
+def test_nothing_is_said_of_a_probe_that_took_little_more_than_a_call(said, nbytes, seconds):
+    assert said(nbytes, seconds, probe=True) == ""
+
+
+def test_a_probe_over_tcp_is_told_by_four_mebibytes(said):
+    text = said(4 << 20, 0.0042, probe=True)
+    assert "4.19 MB of GPU 0000:13:00.0 took 4.20 ms, 1.00 GB/s" in text
+
+
 def test_a_fall_to_tcp_is_said_with_both_rates(said):
     text = said(16 * GB, 32.0)
     assert "16.00 GB of GPU 0000:13:00.0 took 32.0 s, 0.50 GB/s" in text

@@ -21,6 +21,9 @@ _LEAST_LINK_BYTES_PER_S = 12e9
 #: of the first write, that UCX may need to connect; and bytes beside which that is little
 _CONNECT_S = 1.0
 _ENOUGH_NBYTES = 10**9
+#: the same of a probe, a single write over a connection that is up
+_PROBE_CALL_S = 200e-6
+_PROBE_NBYTES = 4 << 20
 
 
 class SlowPathWarning(UserWarning):
@@ -33,6 +36,7 @@ def warn_if_slow(
     gpu: str | None,
     *,
     writers_per_worker: float = 1.0,
+    probe: bool = False,
     environ: Mapping[str, str] = os.environ,
     sysfs: str | Path = "/sys",
     dev: str | Path = "/dev",
@@ -40,26 +44,32 @@ def warn_if_slow(
     """Warn with :class:`SlowPathWarning` if a process wrote at less than a quarter of its link.
 
     Args:
-        nbytes: What this process wrote; nothing is said of less than 1 GB.
-        seconds: Which that took; the first second is not counted.
+        nbytes: What this process wrote; nothing is said of less than 1 GB, or 4 MiB of a probe.
+        seconds: Which that took; the first second is not counted, or 0.2 ms of a probe.
         gpu: PCI address of the GPU that holds the bytes; None: host memory, nothing is said.
         writers_per_worker: How many processes share the link of a worker.
+        probe: It was one write to one worker, over a connection that was up.
         environ: For tests.
         sysfs: For tests.
         dev: For tests.
     """
-    if gpu is None or nbytes < _ENOUGH_NBYTES or seconds <= _CONNECT_S:
+    enough_nbytes, free_s = (
+        (_PROBE_NBYTES, _PROBE_CALL_S) if probe else (_ENOUGH_NBYTES, _CONNECT_S)
+    )
+    if gpu is None or nbytes < enough_nbytes or seconds <= free_s:
         return
     machine = read_machine(sysfs, dev)
     share = machine.shares.get(gpu)
     nics = share.nics if share is not None else ()
     link_bytes_per_s = sum(nic.rate_gbps for nic in nics) * 1e9 / 8 or _LEAST_LINK_BYTES_PER_S
     expected = link_bytes_per_s / max(writers_per_worker, 1.0)
-    if nbytes / (seconds - _CONNECT_S) >= _FAR_OFF * expected:
+    if nbytes / (seconds - free_s) >= _FAR_OFF * expected:
         return
     names = ", ".join(nic.name for nic in nics) or "any link between GPUs"
+    amount = f"{nbytes / 1e6:.2f} MB" if probe else f"{nbytes / 1e9:.2f} GB"
+    time = f"{seconds * 1e3:.2f} ms" if probe else f"{seconds:.1f} s"
     warnings.warn(
-        f"{nbytes / 1e9:.2f} GB of GPU {gpu} took {seconds:.1f} s, {nbytes / seconds / 1e9:.2f} "
+        f"{amount} of GPU {gpu} took {time}, {nbytes / seconds / 1e9:.2f} "
         f"GB/s, where {names} does {expected / 1e9:.0f} GB/s. Look at: "
         + "; ".join(_causes(machine, gpu, environ, Path(sysfs))),
         SlowPathWarning,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from weightsync.errors import LayoutError, ManifestError, RefusedError
-from weightsync.layout import CopyRecord, KernelRegion, Mode, WorkerLayout, WorkerPlace
+from weightsync.layout import CopyRecord, KernelRegion, Mode, Scratch, WorkerLayout, WorkerPlace
 from weightsync.manifest import Manifest
 from weightsync.transport.base import LocalMemory
 from weightsync_server.receiver.coverage import complement, intervals, last_write_wins, within
@@ -20,6 +20,8 @@ from weightsync_server.receiver.units import Proofs
 
 Copies = dict[str, list[TracedCopy]]
 _FLOAT8 = "float8"
+#: enough to tell a fast wire from a slow one in a millisecond
+SCRATCH_NBYTES = 4 << 20
 
 
 def copies_by_tensor(trace: Trace) -> Copies:
@@ -139,7 +141,20 @@ class Target:
         # a tensor that a later one overwrites whole is dropped, too (tied names, last write wins)
         used = {r.tensor for r in records}
         skipped = tuple(t.name for t in manifest if t.name not in used and t.numel)
-        self.layout = WorkerLayout(place, tuple(regions), tuple(records), skipped)
+        self.scratch = torch.zeros(SCRATCH_NBYTES, dtype=torch.uint8, device=prover.adapter.device)
+        at = self.scratch_memory()
+        scratch = Scratch(at.addr, at.nbytes, at.kind, at.device_id)
+        self.layout = WorkerLayout(place, tuple(regions), tuple(records), skipped, scratch)
+
+    def scratch_memory(self) -> LocalMemory:
+        """Where probes go."""
+        on_gpu = self.scratch.is_cuda
+        return LocalMemory(
+            self.scratch.data_ptr(),
+            self.scratch.numel(),
+            "VRAM" if on_gpu else "DRAM",
+            (self.scratch.device.index or 0) if on_gpu else 0,
+        )
 
     def _check_dtypes(self, prover: Prover, manifest: Manifest) -> None:
         for name, copies in self.copies.items():
@@ -202,12 +217,13 @@ class Target:
         return found
 
     def local_memory(self) -> list[LocalMemory]:
-        """What has to be registered: every region, those in the shadow as one."""
+        """What has to be registered: the scratch, every region, those in the shadow as one."""
         apart = [
             LocalMemory(r.addr, r.nbytes, r.kind, r.device_id)
             for r in self.layout.regions
             if r.nbytes and (r.mode != "shadow" or self._slab is None)
         ]
+        apart.append(self.scratch_memory())
         return apart if self._slab is None else [*apart, self._slab]
 
     def piece(self, region: int, offset: int, nbytes: int, *, shadow: bool = True) -> torch.Tensor:
