@@ -139,3 +139,19 @@ async def test_every_phase_is_one_log_line(agent, trainer, caplog):
     assert write.fields["nbytes"] == 24
     assert write.fields["seconds"] > 0
     assert write.getMessage().startswith("push phase=write outcome=ok version=3 push_id=p1 seconds")
+
+
+async def test_a_push_that_outlives_its_agent_is_counted_by_the_next_one(
+    make_agent, engine, trainer, tmp_path
+):
+    first = await make_agent(engine.url, journal=tmp_path / "journal")
+    t = await trainer(first).rendezvous()
+    await t.pause()
+    await first.stop()
+    t.agent = await make_agent(engine.url, wait="paused", journal=tmp_path / "journal")
+    await t.push(1)
+    got = await scrape(t.agent)
+    assert got["weightsync_pushes_total", "committed"] == 1
+    assert got["weightsync_phase_seconds_count", "commit"] == 1
+    last = (await t.agent.status())["last_push"]
+    assert (last["push_id"], last["version"], last["outcome"]) == ("p1", 1, "committed")

@@ -155,6 +155,39 @@ async def test_a_push_is_seen_phase_by_phase_without_a_reload(agent, trainer, op
 
 
 @pytest.mark.browser
+async def test_a_push_in_shadow_mode_shows_when_the_engine_served_and_the_way_back(
+    agent, engine, trainer, open_page
+):
+    page = await open_page(agent)
+    t = trainer(agent)
+    await t.init(mode="shadow")
+    await t.connect()
+    ranks = t.ranks("digests", [b"d" * 16, b"e" * 16])
+    for version in (1, 2):
+        t.push_id = f"p{version}"
+        await t.begin(version, mode="shadow")
+        if version == 1:
+            await sees(page, "#state-name", "shadowing · version 0 → 1")
+        await agent.post("/prepare_commit", **t.step, version=version, ranks=ranks)
+        await t.pause()
+        if version == 2:
+            engine.client.fail["commit"] = VerifyError("the exchange broke off")
+            worker = engine.client.workers[0]
+            worker.dirty, worker.rollback_to = True, 1
+        await t.commit(version, ranks=[], expect=200 if version == 1 else 409)
+        if version == 1:
+            await t.resume()
+            await sees(page, "[data-outcome=committed]", "prepare")
+            pale = page.locator(".track .serving")
+            assert [await p.get_attribute("data-phase") for p in await pale.all()] == [
+                "begin", "write", "prepare",
+            ]  # fmt: skip
+            await sees(page, "#legend", "pale: the engine serves")
+    await sees(page, "#state-name", "torn")
+    await sees(page, "#state-do", f"weightsync rollback {agent.url}")
+
+
+@pytest.mark.browser
 async def test_what_an_engine_says_is_text_and_a_torn_engine_tells_what_to_do(
     make_engine, make_agent, trainer, open_page
 ):

@@ -103,9 +103,8 @@ class PushClock:
             return
         if version is not None:
             push.version = version
-        self._stop(
-            push, ok=phase in ("prepare", "commit")
-        )  # the trainer asks for it when it has written
+        # the trainer asks for these when it has written
+        self._stop(push, ok=phase in ("prepare", "commit"))
         self._phase_at = time.monotonic()
         start_s = round(self._phase_at - self._started_at, 6)
         push.phases.append(PhaseStatus(phase=phase, start_s=start_s))
@@ -119,10 +118,10 @@ class PushClock:
         self._stop(push, ok=ok)
         self._tell(push)
 
-    def resumed(self) -> None:
-        """The engine serves again."""
-        push = self.last
-        if push is not None and "paused" not in push.seconds:
+    def resumed(self, push_id: str | None) -> None:
+        """The engine serves again, as this push asked."""
+        push = self._of(push_id)
+        if push is not None and "pause" in push.seconds and "paused" not in push.seconds:
             paused_s = push.seconds["paused"] = round(time.monotonic() - self._paused_at, 6)
             self._metrics.push_paused.observe(paused_s)
             self._tell(push)

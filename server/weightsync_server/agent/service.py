@@ -293,7 +293,7 @@ class Service:
         if error is None and effect is Effect.BEGIN:
             self.clock.starts("write", work.push_id)
         if isinstance(outcome, Resumed):
-            self.clock.resumed()
+            self.clock.resumed(work.push_id)
         return outcome, error
 
     async def _perform(self, effect: Effect, work: Work) -> Outcome | None:

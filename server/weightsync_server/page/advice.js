@@ -26,11 +26,18 @@ const STATES = {
     means: `Version ${s.target} is being written over version ${s.version}. The engine answers no request meanwhile.`,
     do: ["Wait. If the trainer falls silent, the agent gives the push up by itself; the engine is then torn, or ready where nothing live was touched."],
   }),
+  shadowing: (s) => ({
+    means: `The engine serves version ${s.version}, whole; version ${s.target} arrives beside it. It will stand still for a moment, when the two are exchanged.`,
+    ...NOTHING,
+  }),
   torn: (s) => ({
     means: `The engine's weights are not whole: version ${s.version} was being replaced when a push broke off. It serves nothing, and nothing resumes it.`,
     do: [
       `Push again, all of it: version ${s.target ?? "the next"} or later. The trainer's next push does it; from a checkpoint folder:`,
       { code: `weightsync push CHECKPOINT_DIR --agent ${location.origin}` },
+      ...(s.rollback_to === null || s.rollback_to === undefined
+        ? []
+        : [`Or put version ${s.rollback_to} back, which every worker has kept:`, { code: `weightsync rollback ${location.origin}` }]),
       "Or have the engine load whole weights again (weightsync reload, POST /reload), or restart it.",
     ],
   }),
@@ -54,5 +61,7 @@ export function advice(status) {
   const told = known
     ? STATES[status.state](status)
     : { means: "This page does not know the state; the agent is of another version.", ...NOTHING };
+  const trouble = status.journal?.trouble;
+  if (trouble) told.do = [`It takes no push: its journal ${status.journal.path} cannot be written (${trouble}).`, ...told.do];
   return { name: status.state, ...told };
 }

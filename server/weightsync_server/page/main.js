@@ -1,7 +1,7 @@
 // Looks at the agent: GET /status for what there is, GET /events for when to look again.
 
 import { ago } from "./dom.js";
-import { drawLegend, drawPushes } from "./pushes.js";
+import { drawPushes } from "./pushes.js";
 import { events, get } from "./stream.js";
 import { drawChecksums, drawEngines, drawErrors, drawFacts, drawRefusal, drawState, drawWorkers } from "./view.js";
 
@@ -146,7 +146,6 @@ byId("checksums-ask").addEventListener("click", async (event) => {
   }
 });
 
-drawLegend();
 follow();
 setInterval(look, LOOK_MS);
 setInterval(drawLink, 1000);

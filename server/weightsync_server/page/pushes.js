@@ -2,8 +2,8 @@
 
 import { bytes, clock, el, seconds, show } from "./dom.js";
 
-const PHASES = ["pause", "begin", "write", "commit", "resume", "abort", "close"];
-const OUTCOMES = ["running", "committed", "aborted", "torn", "engine_lost"];
+const PHASES = ["pause", "begin", "write", "prepare", "commit", "resume", "rollback", "abort", "close"];
+const OUTCOMES = ["running", "committed", "aborted", "torn", "engine_lost", "rolled_back"];
 const SHOWN = 8;
 const STEPS = [1, 2, 5];
 
@@ -22,6 +22,12 @@ function ticks(span) {
 function length(push, now) {
   const ends = push.phases.map((p) => p.start_s + (p.seconds ?? Math.max(now - push.started_at - p.start_s, 0)));
   return Math.max(...ends, push.seconds.paused ?? 0, 1e-3);
+}
+
+/** When the engine stopped: at once, but in shadow mode, which begins before it pauses. */
+function stopsAt(push) {
+  if (push.phases[0]?.phase !== "begin") return 0;
+  return push.phases.find((phase) => phase.phase === "pause")?.start_s ?? Infinity;
 }
 
 function words(push) {
@@ -44,9 +50,11 @@ function figures(push) {
 
 function row(push, scale, now) {
   const track = el("div", { class: "track", "aria-hidden": "true" });
+  const stops = stopsAt(push);
   for (const phase of push.phases) {
     const part = el("i", { class: "phase", "data-phase": shadeOf(phase.phase), title: `${phase.phase} ${phase.seconds === null ? "…" : seconds(phase.seconds)}` });
     const took = phase.seconds ?? Math.max(now - push.started_at - phase.start_s, 0);
+    part.classList.toggle("serving", phase.start_s < stops);
     part.classList.toggle("failed", !phase.ok);
     part.classList.toggle("runs", phase.seconds === null);
     part.style.left = `${(100 * phase.start_s) / scale}%`;
@@ -91,10 +99,16 @@ export function drawPushes(pushes, now) {
   clearTimeout(ticking);
   const runs = pushes.some((push) => push.phases.some((phase) => phase.seconds === null));
   show("pushes", { pushes, now: runs ? now() : 0, all }, draw);
+  show("legend", pushes.map((push) => push.phases.map((phase) => phase.phase)), () => legend(pushes));
   if (runs) ticking = setTimeout(() => drawPushes(pushes, now), 100);
 }
 
-export function drawLegend() {
-  document.getElementById("legend").replaceChildren(
-    ...PHASES.slice(0, 6).map((phase) => el("li", {}, el("i", { class: "phase", "data-phase": phase }), phase)));
+/** The colours of those phases that are there. */
+function legend(pushes) {
+  const there = new Set(pushes.flatMap((push) => push.phases.map((phase) => phase.phase)));
+  const pale = pushes.some((push) => stopsAt(push) > 0);
+  return [
+    ...PHASES.filter((phase) => there.has(phase)).map((phase) => el("li", {}, el("i", { class: "phase", "data-phase": phase }), phase)),
+    pale ? el("li", {}, el("i", { class: "phase serving" }), "pale: the engine serves") : null,
+  ];
 }

@@ -3,7 +3,7 @@
 import { advice } from "./advice.js";
 import { ago, bytes, clock, el, seconds, show, table } from "./dom.js";
 
-const KNOWN = ["detached", "ready", "paused", "receiving", "torn"];
+const KNOWN = ["detached", "ready", "shadowing", "paused", "receiving", "torn"];
 const SERVES_NONE = ["detached", "torn"];
 const ROWS_SHOWN = 500;
 
@@ -18,7 +18,7 @@ export function drawState(status) {
     const element = document.getElementById(id);
     if (element.textContent !== text) element.textContent = text;
   };
-  write("state-name", `${told.name}${where}${status.state === "receiving" ? target : ""}`);
+  write("state-name", `${told.name}${where}${status.state === "torn" ? "" : target}`);
   write("state-means", told.means);
   const cause = SERVES_NONE.includes(status.state) ? (status.last_errors.at(-1) ?? null) : null;
   show("state-do", { items: told.do, cause }, ({ items }) => [
