@@ -68,15 +68,17 @@ def strike(
 
     with _armed(stack, when, now), contextlib.ExitStack() as owned:
         publisher = stack.publisher
-        if through is not None:
+        if through is not None or when == "mid-write":
+            bound = sum(t.nbytes for t in weights.values()) // 4
             publisher = owned.enter_context(
                 Publisher(
-                    [through], token=TOKEN, deadlines=stack.deadlines, progress=stack.progress
+                    [through or stack.agent.url],
+                    token=TOKEN,
+                    deadlines=stack.deadlines,
+                    progress=stack.progress,
+                    max_slot_bytes=bound if when == "mid-write" else None,
                 )
             )
-        if when == "mid-write":
-            bound = sum(t.nbytes for t in weights.values()) // 4
-            publisher = owned.enter_context(stack.new_publisher(max_slot_bytes=bound))
         started = time.monotonic()
         report, error = None, None
         try:
