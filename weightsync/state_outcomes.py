@@ -121,7 +121,10 @@ def _attached(state: AgentState, event: Attached) -> Step:
         return Step(left, close if event.paused else (Effect.PAUSE, *close))
     if event.paused:
         owner = state.owner if event.same and state.phase != "torn" else None
-        return Step(replace(known, phase="paused", target=None, owner=owner))
+        whole = replace(known, phase="paused", target=None, owner=owner)
+        # it stood still because it was thought torn, and is not: nobody else would start it again
+        held_as_torn = event.same and interrupted and state.owner is None
+        return Step(whole, (Effect.CLOSE, Effect.RESUME) if held_as_torn else ())
     return Step(replace(known, phase="ready", target=None, owner=None))
 
 

@@ -51,12 +51,13 @@ class EnginePauseRequest(Message):
 
     mode: PauseMode = "keep"
     timeout_s: Seconds = 60.0
+    turn: str | None = None
 
 
 class EngineResumeRequest(Message):
     """``POST /weightsync/resume``."""
 
-    last_pause: str | None = None
+    turn: str | None = None
 
 
 class WeightsyncMiddleware:
@@ -71,7 +72,7 @@ class WeightsyncMiddleware:
         self._app = app
         self._secret = load_secret() if secret is None else secret
         self._instance = uuid.uuid4().hex
-        self._pauses = 0
+        self._turns = 0
         self._identity: compat.EngineIdentity | None = None
         self._routes: dict[tuple[str, str], Callable[[Request, Any], Awaitable[dict[str, Any]]]] = {
             ("GET", "info"): self._info,
@@ -144,30 +145,40 @@ class WeightsyncMiddleware:
         }
 
     async def _is_paused(self, _request: Request, client: Any) -> dict[str, Any]:
+        # Who asks decides by the answer: what was sent before, and is heard later, is void.
+        turn = self._take(None)
         paused = await _within(compat.is_paused(client), CALL_TIMEOUT_S, "is_paused")
-        return {"is_paused": paused, "last_pause": self._last_pause}
+        return {"is_paused": paused, "turn": turn}
 
     async def _pause(self, request: Request, client: Any) -> dict[str, Any]:
         ask = _parsed(EnginePauseRequest, await _body(request))
-        self._pauses += 1
-        last_pause = self._last_pause
+        turn = self._take(ask.turn)
         await _within(compat.pause(client, ask.mode), ask.timeout_s, f"pause ({ask.mode})")
-        return {"is_paused": True, "last_pause": last_pause}
-
-    @property
-    def _last_pause(self) -> str:
-        return f"{self._instance}:{self._pauses}"
+        return {"is_paused": True, "turn": turn}
 
     async def _resume(self, request: Request, client: Any) -> dict[str, Any]:
-        asked = _parsed(EngineResumeRequest, await _body(request) or b"{}").last_pause or ""
-        # Another server process of this engine counts for itself; it cannot be compared with.
-        if asked.startswith(self._instance) and asked != self._last_pause:
-            raise StateError(
-                "the engine was paused again after this resume was sent",
-                hint="who paused it last resumes it",
-            )
+        turn = self._take(_parsed(EngineResumeRequest, await _body(request) or b"{}").turn)
         await _within(compat.resume(client), CALL_TIMEOUT_S, "resume")
-        return {"is_paused": False}
+        return {"is_paused": False, "turn": turn}
+
+    @property
+    def _turn(self) -> str:
+        return f"{self._instance}:{self._turns}"
+
+    def _take(self, asked: str | None) -> str:
+        """Let a pause or resume have its turn; the next one's name.
+
+        Raises:
+            StateError: It was sent before the last one was heard.
+        """
+        # Another server process of this engine counts for itself; it cannot be compared with.
+        if asked is not None and asked.startswith(self._instance) and asked != self._turn:
+            raise StateError(
+                "the engine was paused or resumed after this was sent",
+                hint="ask is_paused, and decide again",
+            )
+        self._turns += 1
+        return self._turn
 
     async def _reset_prefix_cache(self, _request: Request, client: Any) -> dict[str, Any]:
         await _within(compat.reset_caches(client), CALL_TIMEOUT_S, "reset_prefix_cache")

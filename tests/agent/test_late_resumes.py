@@ -28,7 +28,7 @@ async def test_a_resume_that_was_sent_before_the_last_pause_starts_nothing(fakes
     late = await _ask_engine(fakes, engine, "GET", "is_paused")
     await agent.post("/resume")
     await agent.post("/pause")
-    refused = await _ask_engine(fakes, engine, "POST", "resume", {"last_pause": late["last_pause"]})
+    refused = await _ask_engine(fakes, engine, "POST", "resume", {"turn": late["turn"]})
     assert refused["code"] == "illegal_state"
     assert engine.client.paused
     assert (await agent.post("/resume"))["state"] == "ready"

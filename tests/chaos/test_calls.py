@@ -114,6 +114,7 @@ def test_two_trainers_that_push_at_once_never_mix_their_weights(
     versions = [[v for v in each if isinstance(v, int)] for each in said]
     codes = {c for each in said for c in each if isinstance(c, str)}
     refused = {"push_in_progress", "stale_epoch", "no_session", "stale_version", "illegal_state"}
+    refused.add("transfer_failed")  # to an epoch that the other one's rendezvous has ended
     assert codes <= refused, codes
     done = sorted(versions[0] + versions[1])
     assert done, "not one push went through"

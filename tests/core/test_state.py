@@ -287,6 +287,14 @@ def test_versions_grow_across_restarts(state, lowest):
     assert refused.value.context["lowest"] == lowest
 
 
+def test_an_engine_that_was_thought_torn_and_is_whole_is_started_again():
+    lost = step(replace(TORN, session=None, connected=False), EngineLost()).state
+    state, effects = step(lost, attached(paused=True))
+    assert (state.phase, state.owner, state.target) == ("paused", None, None)
+    assert effects == (Effect.CLOSE, Effect.RESUME)
+    assert step(lost, attached(paused=True, same=False)).effects == ()
+
+
 class OneEngine(RuleBasedStateMachine):
     """An agent, an engine whose workers tear for real, callers that call anything at any time."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 from tests.model.engines import carry_out
@@ -68,6 +69,10 @@ def take(w: World, call: Call) -> World | None:
     agent = agent._replace(state=state)
     if not effects:
         return answer(set_agent(w, call.agent, agent), call, ok=True)
+    if Effect.OPEN in effects or Effect.PAUSE in effects or Effect.BEGIN in effects:
+        # on disk before it begins to matter, as what it is about to be
+        owner = state.owner if call.name == "init" else call.push
+        agent = agent._replace(synced=(replace(state, owner=owner), agent.known))
     return set_agent(w, call.agent, agent._replace(work=(call, event_of(call), effects, False)))
 
 
@@ -100,17 +105,19 @@ def perform(w: World, a: int, *, reached: int | None = None, late: bool = False)
     if not engine.up or (effect is not Effect.ATTACH and engine.instance != known):
         error = GONE
     else:
-        # a resume is of the last pause that the agent knows of; one that knows none asks first
-        pauses = engine.pauses if agent.pauses is None else agent.pauses
-        command = Command(a, engine.instance, effect, event, agent.state.epoch, pauses)
+        asks = effect in (Effect.PAUSE, Effect.RESUME) and agent.turn is None
+        if effect is Effect.ATTACH or asks:  # whose turn it is; what was sent before is void then
+            engine = engine._replace(turn=engine.turn + 1)
+            agent = agent._replace(turn=engine.turn)
+        turn = agent.turn or 0
+        command = Command(a, engine.instance, effect, event, agent.state.epoch, turn)
         if late:
             w = w._replace(late=w.late | {command})
         after, outcome = carry_out(engine, command, reached)
         w = set_engine(w, a, after)
-        if effect is Effect.PAUSE or isinstance(outcome, Attached):
-            agent = agent._replace(pauses=after.pauses if reached is None else None)
-        elif effect is Effect.RESUME and outcome is None:
-            agent = agent._replace(pauses=None)  # it asks before it tries again
+        if effect in (Effect.PAUSE, Effect.RESUME, Effect.ATTACH):
+            heard = reached is None and outcome is not None
+            agent = agent._replace(turn=after.turn if heard else None)
         if reached is not None:
             error = SILENT
         elif outcome is None and effect is not Effect.CLOSE:
@@ -156,7 +163,28 @@ def lose(w: World, a: int) -> World:
     return w if call is None else answer(w, call, ok=False)
 
 
-def drop(w: World, a: int) -> World:
-    call = None if w.agents[a].work is None else w.agents[a].work[0]
-    w = set_agent(w, a, Agent(up=False))
+def drop(w: World, a: int, keeps: str) -> World:
+    """The agent dies; what its successor finds: ``all``, what was ``synced``, ``nothing``."""
+    old = w.agents[a]
+    call = None if old.work is None else old.work[0]
+    dead = Agent(up=False, forgot=old.forgot)
+    if keeps == "all":
+        # the answers to a rendezvous are not among what is kept
+        kept = frozenset(x for x in old.answered if x[0][0] not in ("init", "connect"))
+        dead = dead._replace(
+            state=old.state, known=old.known, synced=(old.state, old.known), answered=kept
+        )
+    elif keeps == "synced":
+        state, known = old.synced
+        dead = dead._replace(state=state, known=known, synced=old.synced)
+    else:
+        dead = dead._replace(forgot=True)
+    w = set_agent(w, a, dead)
     return w if call is None else answer(w, call, ok=False)
+
+
+def recall(w: World, a: int) -> World:
+    """Another agent starts in its place, with the journal that it left."""
+    agent = w.agents[a]
+    state = replace(agent.state, phase="detached")
+    return set_agent(w, a, agent._replace(up=True, state=state))

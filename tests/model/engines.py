@@ -25,16 +25,13 @@ def carry_out(
 ) -> tuple[Engine, Outcome | None]:
     """What the engine does, and the answer; None: some worker refused, or there is none."""
     event, effect = command.event, command.effect
-    if effect is Effect.PAUSE:
-        if reached != 0:
-            engine = engine._replace(paused=True, pauses=engine.pauses + 1)
-        return engine, Paused(getattr(event, "push_id", None))
-    if effect is Effect.RESUME:
-        if reached == 0:
+    if effect in (Effect.PAUSE, Effect.RESUME):
+        # what was sent before the last pause or resume was heard is refused
+        if reached == 0 or command.turn != engine.turn:
             return engine, None
-        if command.pauses != engine.pauses:  # it was sent before the last pause
-            return engine, None
-        return engine._replace(paused=False), Resumed()
+        pauses = effect is Effect.PAUSE
+        told = Paused(getattr(event, "push_id", None)) if pauses else Resumed()
+        return engine._replace(paused=pauses, turn=engine.turn + 1), told
     if effect is Effect.OPEN:
         engine = engine._replace(opened=engine.opened + 1)
     n = len(engine.workers) if reached is None else reached

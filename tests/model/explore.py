@@ -58,6 +58,8 @@ def explore(first: World, *, most: int = 10_000_000) -> Explored:
             found.by_hand += by_hand
             if healed[rest] > WITHIN:
                 return stop(world, "no whole push can follow")
+            if by_hand and not any(agent.forgot for agent in world.agents):
+                return stop(world, "only a person can help")
         for name, after in successors(world):
             found.moves += 1
             if after in came:

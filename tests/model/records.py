@@ -34,7 +34,7 @@ class Engine(NamedTuple):
     up: bool = True
     instance: int = 1
     paused: bool = False
-    pauses: int = 0
+    turn: int = 0
     opened: int = 0
 
     @property
@@ -60,7 +60,7 @@ class Call(NamedTuple):
 class Command(NamedTuple):
     """What an agent asks its engine.
 
-    ``instance``: of the process that was asked; ``pauses``: of a resume, which pause it ends.
+    ``instance``: of the process that was asked; ``turn``: of a pause or resume, which one it is.
     """
 
     agent: int
@@ -68,7 +68,7 @@ class Command(NamedTuple):
     effect: Effect
     event: Ask
     epoch: int
-    pauses: int = 0
+    turn: int = 0
 
 
 class Write(NamedTuple):
@@ -82,12 +82,19 @@ class Write(NamedTuple):
 
 
 class Agent(NamedTuple):
+    """``known``: the engine process that it is about; ``synced``: what surely is in its journal.
+
+    ``forgot``: it once lost its journal.
+    """
+
     state: AgentState = AgentState()
     up: bool = True
     known: int = 0
-    pauses: int | None = None
+    turn: int | None = None
     work: tuple[Call | None, Ask, tuple[Effect, ...], bool] | None = None
     answered: frozenset[tuple[tuple[str, str], bool, int, int]] = frozenset()
+    synced: tuple[AgentState, int] = (AgentState(), 0)
+    forgot: bool = False
 
 
 class Trainer(NamedTuple):

@@ -57,7 +57,7 @@ def test_no_world_that_can_be_reached_is_torn_and_serves_and_from_each_a_push_su
 def test_a_write_that_lands_after_its_registration_is_noticed() -> None:
     found = explore(new_world(tries=2, fenced=False))
     assert found.wrong == "engine 0 serves while it is torn"
-    assert found.way[-1] == "a1's write to worker 0 lands"
+    assert found.way[-1].startswith("a1's write to worker ")
 
 
 def test_a_resume_that_the_engine_hears_in_a_later_push_is_noticed() -> None:

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tests.model.agents import ask, drop, lose, perform, take
+from tests.model.agents import ask, drop, lose, perform, recall, take
 from tests.model.engines import carry_out
 from tests.model.records import (
-    Agent,
     Call,
     Command,
     Engine,
@@ -24,7 +23,6 @@ from tests.model.records import (
     World,
     Write,
     heard,
-    set_agent,
     set_engine,
     set_trainer,
 )
@@ -68,7 +66,7 @@ def _call(w: World, call: Call) -> Iterator[tuple[str, World]]:
 def unasked(w: World, a: int) -> Iterator[tuple[str, World]]:
     agent, engine = w.agents[a], w.engines[a]
     if not agent.up:
-        yield f"agent {a} starts again", set_agent(w, a, Agent())
+        yield f"agent {a} starts again", recall(w, a)
         return
     if agent.work is not None:
         yield f"agent {a}: {agent.work[2][0].value}", perform(w, a)
@@ -101,7 +99,8 @@ def _faults(w: World) -> Iterator[tuple[str, World]]:
             yield f"{call.name} is heard and comes again", after
     for a, (agent, engine) in enumerate(zip(w.agents, w.engines, strict=True)):
         if agent.up:
-            yield f"agent {a} dies", drop(w, a)
+            for keeps in ("all", "synced", "nothing"):
+                yield f"agent {a} dies, {keeps} of its journal is left", drop(w, a, keeps)
             if agent.state.phase != "detached":
                 yield f"agent {a} thinks its engine is gone", lose(w, a)
             owner = agent.state.owner
@@ -152,6 +151,7 @@ def _hear(w: World, command: Command) -> World:
     engine = w.engines[command.agent]
     if not engine.up or engine.instance != command.instance:
         return w
-    if not w.ordered:
-        command = command._replace(pauses=engine.pauses)
-    return set_engine(w, command.agent, carry_out(engine, command, None)[0])
+    if w.ordered:
+        return set_engine(w, command.agent, carry_out(engine, command, None)[0])
+    after, _ = carry_out(engine, command._replace(turn=engine.turn), None)
+    return set_engine(w, command.agent, after._replace(turn=engine.turn))

@@ -20,6 +20,7 @@ from weightsync.errors import (
     DeadlineError,
     EngineDetachedError,
     EngineError,
+    StateError,
     WeightSyncError,
     from_problem,
 )
@@ -89,8 +90,8 @@ class EngineClient:
         #: how many workers answer each command, as the engine says
         self.workers = 1
         self._replies = replies
-        #: what the engine calls its last pause; None: it was not heard of, so it is asked
-        self._last_pause: str | None = None
+        #: the pause or resume that comes next at the engine; None: unknown, so it is asked
+        self._turn: str | None = None
         self._lost: set[asyncio.Future[None]] = set()
         self._max_unpacked_nbytes = max_unpacked_nbytes
         # the environment's proxies are not for loopback (trust_env)
@@ -118,24 +119,35 @@ class EngineClient:
     async def is_paused(self, timeout_s: float) -> bool:
         """Whether generation is stopped."""
         answer = await self._send("GET", "is_paused", None, timeout_s)
-        self._last_pause = answer.get("last_pause")
+        self._turn = answer.get("turn")
         return bool(answer["is_paused"])
 
     async def pause(self, mode: PauseMode, timeout_s: float) -> None:
         """Stop generation; the engine is drained when this returns (WS-1)."""
-        self._last_pause = None
-        ask = {"mode": mode, "timeout_s": timeout_s}
-        self._last_pause = (await self._send("POST", "pause", ask, timeout_s)).get("last_pause")
+        await self._take_turn("pause", {"mode": mode, "timeout_s": timeout_s}, timeout_s)
 
     async def resume(self, timeout_s: float) -> None:
-        """Start generation, unless the engine was paused again meanwhile.
+        """Start generation."""
+        await self._take_turn("resume", {}, timeout_s)
 
-        A resume that is heard late must not end the pause of a later push (WS-1).
+    async def _take_turn(self, name: str, ask: dict[str, Any], timeout_s: float) -> None:
+        """Pause or resume, if nobody else has meanwhile.
+
+        Heard late, after an answer was given up, a resume must not end the pause of a later push
+        (WS-1), nor a pause stop an engine that nobody would start again.
         """
-        if self._last_pause is None:
-            await self.is_paused(timeout_s)
-        last_pause, self._last_pause = self._last_pause, None
-        await self._send("POST", "resume", {"last_pause": last_pause}, timeout_s)
+        for asked in (self._turn is None, True):
+            if asked:
+                await self.is_paused(timeout_s)
+            turn, self._turn = self._turn, None
+            try:
+                answer = await self._send("POST", name, ask | {"turn": turn}, timeout_s)
+            except StateError:
+                if asked:
+                    raise
+                continue  # somebody else has asked: as if it had not been known whose turn it is
+            self._turn = answer.get("turn")
+            return
 
     async def reset_prefix_cache(self, timeout_s: float) -> None:
         """Drop what was computed with the old weights."""
