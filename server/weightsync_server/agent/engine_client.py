@@ -142,8 +142,8 @@ class EngineClient:
             turn, self._turn = self._turn, None
             try:
                 answer = await self._send("POST", name, ask | {"turn": turn}, timeout_s)
-            except StateError:
-                if asked:
+            except StateError as error:
+                if asked or isinstance(error, EngineDetachedError):
                     raise
                 continue  # somebody else has asked: as if it had not been known whose turn it is
             self._turn = answer.get("turn")
