@@ -33,16 +33,17 @@ async def start(make_agent, engine, path):
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """While it is set nothing can be synced to disk."""
+    """While it is set nothing can be written to disk."""
     state = {"full": False}
-    fsync = os.fsync
+    fdopen = os.fdopen
 
-    def maybe(fd):
-        if state["full"]:
+    def maybe(fd, mode="r", *more):
+        if state["full"] and "w" in mode:
+            os.close(fd)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(fd)
+        return fdopen(fd, mode, *more)
 
-    monkeypatch.setattr(os, "fsync", maybe)
+    monkeypatch.setattr(os, "fdopen", maybe)
     return state
 
 

@@ -3,6 +3,9 @@
 A small file, written whole: to a neighbour first, then put in its place, so that a crash at any
 moment leaves the old record or the new one.  It tells what was under way; what the engine holds
 the workers know better, and are asked.
+
+While a push holds the engine nothing is synced, for that would take milliseconds of its pause: what
+is written survives the process, and a host that dies takes the engine along.  Between pushes it is.
 """
 
 from __future__ import annotations
@@ -120,7 +123,7 @@ class Journal:
             self._lock_fd = -1
 
     async def save(self, record: Record) -> None:
-        """Write ``record``; it is on disk when this returns.
+        """Write ``record``; an agent that starts after this has returned reads it.
 
         Raises:
             JournalError: It is not.
@@ -203,19 +206,22 @@ class Journal:
     def _write(self, record: Record) -> None:
         if self._lock_fd < 0:
             self._take()  # what was wrong at the start may be mended
+        sync = record.state.phase not in ("paused", "receiving")
         body = record.model_dump_json(exclude_defaults=True).encode()
         draft = self.path.with_name(self.path.name + ".new")
         fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "wb") as file:
             file.write(_head(body).encode() + b"\n" + body)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         draft.replace(self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        if sync:
+            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
 
 def _head(body: bytes) -> str:
