@@ -7,9 +7,6 @@ import socket
 import struct
 import threading
 import time
-from typing import Literal
-
-Mood = Literal["pass", "refuse", "stall", "deaf", "slow"]
 
 _CHUNK = 4096
 
@@ -27,7 +24,7 @@ class Link:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}"
-        self.mood: Mood = "pass"
+        self.mood = "pass"
         #: how many answers are lost before the link passes again; None: all
         self.loses: int | None = None
         self._lock = threading.Lock()
@@ -35,7 +32,7 @@ class Link:
         self._closed = False
         threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
 
-    def become(self, mood: Mood, *, loses: int | None = None) -> None:
+    def become(self, mood: str, *, loses: int | None = None) -> None:
         """Change, for what is under way, too."""
         if self.mood == "refuse" and mood != "refuse":
             self._listener = socket.create_server(("127.0.0.1", self.port))

@@ -5,20 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from tests.chaos.conftest import OPTIONS
 from tests.chaos.moments import BOUND_S, DEADLINES, settled, strike, what_is_served
-from tests.chaos.proxy import Link, Mood
+from tests.chaos.proxy import Link
+from tests.chaos.rows import CONTROL, ENGINE, Row
 from tests.support.stack import Daemon, Stack
 
 pytestmark = [pytest.mark.nixl, pytest.mark.chaos, pytest.mark.timeout(240)]
-
-LOST = {"AgentUnreachableError"}
-LATE = {"DeadlineError"}
-GONE = {"EngineDetachedError", "EngineTornError", "StaleEpochError", "NoSessionError"}
 
 
 class Behind:
@@ -30,57 +27,6 @@ class Behind:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
-
-
-class Row(NamedTuple):
-    """A link's mood from a moment on, and the ends as in :mod:`tests.chaos.test_processes`."""
-
-    mood: Mood
-    when: str
-    told: set[str]
-    ends: set[str]
-    loses: int | None = None
-
-    @property
-    def id(self) -> str:
-        return f"{self.mood}{'' if self.loses is None else '-once'}-{self.when.replace(' ', '-')}"
-
-
-CONTROL = [
-    Row("refuse", "fill", LOST, {"old"}),
-    Row("refuse", "begin", LOST, {"old"}),
-    Row("refuse", "mid-write", LOST, {"torn"}),
-    Row("refuse", "commit", LOST, {"torn"}),
-    Row("refuse", "resume", LOST, {"new"}),
-    Row("stall", "pause", LATE, {"old"}),
-    Row("stall", "begin", LATE, {"old"}),
-    Row("stall", "commit", LATE, {"torn"}),
-    Row("stall", "resume", LATE, {"new"}),
-    Row("deaf", "pause", LOST, {"old"}),
-    Row("deaf", "begin", LOST, {"torn"}),
-    Row("deaf", "commit", LOST, {"new"}),
-    Row("deaf", "resume", LOST, {"new"}),
-    Row("deaf", "pause", {"done"}, {"new"}, loses=1),
-    Row("deaf", "begin", {"done"}, {"new"}, loses=1),
-    Row("deaf", "commit", {"done"}, {"new"}, loses=1),
-    Row("deaf", "resume", {"done"}, {"new"}, loses=1),
-    Row("slow", "fill", {"done"}, {"new"}),
-]
-
-ENGINE = [
-    Row("refuse", "fill", GONE, {"old"}),
-    Row("refuse", "begin", GONE, {"old"}),
-    Row("refuse", "write", GONE, {"torn"}),
-    Row("refuse", "commit", GONE, {"torn"}),
-    Row("refuse", "resume", GONE, {"new"}),
-    Row("stall", "pause", LATE, {"old"}),
-    Row("stall", "begin", LATE, {"torn"}),
-    Row("stall", "commit", LATE | GONE, {"torn"}),
-    Row("stall", "resume", LATE | GONE, {"new"}),
-    Row("deaf", "begin", GONE | {"EngineError"}, {"torn"}),
-    Row("deaf", "commit", GONE | {"EngineError"}, {"new", "torn"}),
-    Row("deaf", "resume", GONE | {"EngineError"}, {"new"}),
-]
 
 
 @pytest.mark.parametrize("row", CONTROL, ids=lambda row: row.id)
@@ -128,7 +74,10 @@ def run(row: Row, stack: Stack, link: Link, *, through: str | None = None) -> No
     held = stack.held()
     started = time.monotonic()
     struck = strike(
-        stack, row.when, lambda: link.become(row.mood, loses=row.loses), through=through
+        stack,
+        row.when,
+        lambda: link.become(row.how, loses=row.loses),
+        through=through,
     )
     link.become("pass")
     assert struck.how in row.told, repr(struck.error)

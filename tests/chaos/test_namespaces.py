@@ -120,7 +120,8 @@ def _fleet(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             agent = Daemon(
                 "weightsync_server.agent.cli",
                 ["--engine-url", engine.url, "--host", host.address, "--token-file", str(token),
-                 "--engine-poll-s", "0.5", *OPTIONS[2:]],
+                 "--engine-poll-s", "0.5", "--insecure-http",
+                 "--journal", str(folder / f"{host.name}.journal"), *OPTIONS[2:]],
                 folder / f"agent-{host.name}.log", alive="/healthz", host=host.address,
                 prefix=host.exec,
             )  # fmt: skip

@@ -8,90 +8,18 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from tests.chaos.moments import BOUND_S, START_S, settled, strike, what_is_served
+from tests.chaos.rows import PROCESSES, Row
 from tests.support.stack import TOKEN, Daemon, Stack, environ, save, wait_until
 from tests.support.trainer import trainer_held_at
 
 pytestmark = [pytest.mark.nixl, pytest.mark.chaos, pytest.mark.timeout(240)]
 
-LOST = {"AgentUnreachableError"}
-LATE = {"DeadlineError"}
-DEAD = {"TransportError", "PeerLostError", "EngineDetachedError", "EngineError", "DeadlineError"}
-OVER = {"EngineTornError", "StaleEpochError", "StateError", "NoSessionError"}
 
-
-class Row(NamedTuple):
-    """A fault.  ``ends``: what the engine is when all have settled, of those that may be.
-
-    ``old`` and ``new``: it serves the version before or the pushed one; ``torn``: it serves
-    nothing; ``paused``: it has the old version and waits for a person; ``started``: it serves what
-    it was started with.
-    """
-
-    who: str
-    how: str
-    when: str
-    told: set[str]
-    ends: set[str]
-
-    @property
-    def id(self) -> str:
-        return f"{self.who}-{self.how}-{self.when.replace(' ', '-')}"
-
-
-ROWS = [
-    # the trainer: nothing is told to a dead one
-    Row("trainer", "kill", "fill", set(), {"old"}),
-    Row("trainer", "kill", "pause", set(), {"old"}),
-    Row("trainer", "kill", "begin", set(), {"old"}),
-    Row("trainer", "kill", "write", set(), {"torn"}),
-    Row("trainer", "kill", "mid-write", set(), {"torn"}),
-    Row("trainer", "kill", "commit", set(), {"torn"}),
-    Row("trainer", "kill", "in commit", set(), {"new"}),
-    Row("trainer", "kill", "resume", set(), {"new"}),
-    Row("trainer", "kill", "in resume", set(), {"new"}),
-    Row("trainer", "stop", "fill", {"done"}, {"new"}),
-    Row("trainer", "stop", "begin", OVER, {"old"}),
-    Row("trainer", "stop", "write", OVER, {"torn"}),
-    Row("trainer", "stop", "mid-write", OVER | DEAD, {"torn"}),
-    Row("trainer", "stop", "commit", OVER, {"torn"}),
-    Row("trainer", "stop", "resume", {"done"}, {"new"}),
-    # the agent
-    Row("agent", "kill", "fill", LOST, {"old"}),
-    Row("agent", "kill", "pause", LOST, {"old"}),
-    Row("agent", "kill", "begin", LOST, {"paused"}),
-    Row("agent", "kill", "write", LOST, {"torn"}),
-    Row("agent", "kill", "mid-write", LOST, {"torn"}),
-    Row("agent", "kill", "commit", LOST, {"torn"}),
-    Row("agent", "kill", "in begin", LOST, {"torn", "paused"}),
-    Row("agent", "kill", "in commit", LOST, {"torn", "paused"}),
-    Row("agent", "kill", "resume", LOST, {"paused"}),
-    Row("agent", "stop", "fill", LATE, {"old"}),
-    Row("agent", "stop", "begin", LATE, {"old", "torn"}),
-    Row("agent", "stop", "mid-write", LATE, {"torn"}),
-    Row("agent", "stop", "commit", LATE, {"new", "torn"}),
-    Row("agent", "stop", "resume", LATE, {"new"}),
-    # the engine and its worker
-    Row("engine", "kill", "fill", DEAD, {"started"}),
-    Row("engine", "kill", "begin", DEAD, {"started"}),
-    Row("engine", "kill", "write", DEAD, {"started"}),
-    Row("engine", "kill", "mid-write", DEAD, {"started"}),
-    Row("engine", "kill", "commit", DEAD, {"started"}),
-    Row("engine", "kill", "in commit", DEAD, {"started"}),
-    Row("engine", "kill", "resume", DEAD, {"started"}),
-    Row("engine", "stop", "pause", LATE, {"old"}),
-    Row("engine", "stop", "begin", LATE, {"torn"}),
-    Row("engine", "stop", "mid-write", DEAD, {"torn"}),
-    Row("engine", "stop", "commit", LATE, {"torn"}),
-    Row("engine", "stop", "resume", LATE, {"new"}),
-]
-
-
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+@pytest.mark.parametrize("row", PROCESSES, ids=lambda row: row.id)
 def test_a_process_that_dies_or_stands_still(row: Row, stack: Stack, tmp_path: Path) -> None:
     stack.push()  # what it goes back to is no checkpoint
     held = stack.held()

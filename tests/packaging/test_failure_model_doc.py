@@ -1,0 +1,38 @@
+"""docs/failure-model.md: every test that it names is there, every row of the fault suite in it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.rows import CONTROL, ENGINE, PROCESSES, Row
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "docs" / "failure-model.md").read_text()
+NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", TEXT)))
+ROWS = [*PROCESSES, *CONTROL, *ENGINE]
+
+
+@pytest.mark.parametrize(("file", "name"), NAMED, ids=[name for _, name in NAMED])
+def test_every_test_that_is_named_is_there(file: str, name: str) -> None:
+    source = (ROOT / file).read_text()
+    assert re.search(rf"^(async )?def {name}\(|^{name} = ", source, re.MULTILINE), file
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row.id for row in ROWS])
+def test_every_row_of_the_fault_suite_is_told_with_its_end_state(row: Row) -> None:
+    assert row.line in TEXT
+
+
+def test_no_row_is_told_that_is_not_run() -> None:
+    told = re.findall(r"^\| .* \| `([\w-]+)` \|$", TEXT, re.MULTILINE)
+    assert sorted(told) == sorted(row.id for row in ROWS)
+    assert len(set(told)) == len(told)
+
+
+def test_every_table_row_names_its_test() -> None:
+    for line in TEXT.splitlines():
+        if line.startswith("| ") and not re.match(r"\| (promise|moment|fault|story) \|", line):
+            assert re.search(r"`[\w/.:-]+` \|$", line), line
