@@ -187,6 +187,7 @@ def test_an_update_is_confirmed_only_where_that_version_is_whole(worker_engine):
     endpoint = command(worker_engine)
     receiver = endpoint.receiver
     receiver.version = 7
+    assert not worker_engine.supports_draft_weight_update
     worker_engine.start_weight_update()
     worker_engine.update_weights({"version": 7})
     worker_engine.finish_weight_update()

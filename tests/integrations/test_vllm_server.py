@@ -35,10 +35,14 @@ def test_a_trainer_of_vllms_api_switches_by_name(stack, tmp_path):
     trainer = WeightTransferTrainerFactory.trainer_init(
         info, client=client, source=ModuleSource(model)
     )
+    # as trainers of vLLM's API do; the agent pauses by itself, and resumes
+    paused = httpx.post(f"{stack.server.url}/pause?mode=abort", timeout=30, trust_env=False)
+    assert paused.status_code == 200
     try:
         trainer.send_weights()
     finally:
         trainer.shutdown()
+    assert stack.get("/is_paused", of="server") == {"is_paused": False}
     assert stack.get("/weight_info", of="server") == {"weight_version": "1"}
     assert stack.get("/status")["version"] == 1
     model.save_pretrained(tmp_path / "pushed")

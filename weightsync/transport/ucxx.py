@@ -7,12 +7,13 @@ the bytes, and a thread at the target.  ``post`` asks, ``wait`` (or the thread) 
 from __future__ import annotations
 
 import atexit
+import logging
 import secrets
 import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from weightsync import codec
@@ -28,7 +29,7 @@ from weightsync.transport.base import (
     WriteOp,
 )
 from weightsync.transport.registry import RegisteredMemory
-from weightsync.transport.ucxx_target import Interval, Target
+from weightsync.transport.ucxx_target import Interval, Target, holding, order
 from weightsync.transport.ucxx_wire import (
     MAX_OPS,
     Ask,
@@ -38,6 +39,8 @@ from weightsync.transport.ucxx_wire import (
     Wire,
     pack_ops,
 )
+
+logger = logging.getLogger(__name__)
 
 #: the thread looks at least so often: not every wire wakes it
 _REST_S = 0.01
@@ -78,7 +81,6 @@ class _Write(PreparedWrite):
     memory: list[Any]
     #: of the post that runs; 0: none does
     number: int = 0
-    sends: list[Any] = field(default_factory=list)
     error: TransportError | None = None
     closed: bool = False
 
@@ -130,7 +132,8 @@ class UcxxTransport(Transport):
         with self.lock:
             if self._closed or not registration.intervals:
                 return
-            if self._target.busy or any(write.number for write in self._writes):
+            posted = any(write.number for write in self._writes)
+            if posted or self._target.busy or self._wire.sending:
                 self._give_up()
             for each in registration.intervals:
                 del self._target.intervals[each.number]
@@ -143,7 +146,7 @@ class UcxxTransport(Transport):
         """See :meth:`Transport.metadata`; who has it may write here."""
         with self.lock:
             self._refuse_closed()
-            mine = tuple(self._target.intervals.values())
+            mine = tuple(sorted(self._target.intervals.values(), key=order))
             metadata = _Metadata(self.name, self._wire.address, self._target.key, mine)
             return codec.pack(metadata).encode()
 
@@ -204,12 +207,12 @@ class UcxxTransport(Transport):
                     raise refusals.not_registered(
                         "local", local.kind, op.local_addr, op.nbytes, peer
                     )
-                held = [i for i in there if i.holds(op.remote_addr, op.nbytes, remote)]
-                if not held:
+                held = holding(there, op.remote_addr, op.nbytes, remote)
+                if held is None:
                     raise refusals.not_registered(
                         "remote", remote.kind, op.remote_addr, op.nbytes, peer
                     )
-                places.append((held[0].number, op.remote_addr, op.nbytes))
+                places.append((held.number, op.remote_addr, op.nbytes))
             memory = [self._wire.memory(op.local_addr, op.nbytes, local) for op in ops]
             write = _Write(
                 self, peer, sum(op.nbytes for op in ops), len(ops), remote, pack_ops(places), memory
@@ -229,7 +232,7 @@ class UcxxTransport(Transport):
                 raise refusals.empty_notification(mine.peer)
             peer = self._reach(mine.peer)
             # no two posts have one number, so a late answer ends no other post (WS-2)
-            mine.number, mine.sends = secrets.randbits(62) | 1, []
+            mine.number = secrets.randbits(62) | 1
             self._wire.say(
                 peer.endpoint,
                 Ask(
@@ -323,23 +326,27 @@ class UcxxTransport(Transport):
         """Whatever can be done now; whether anything was, or is left to do."""
         messages = self._wire.progress()
         for message in messages:
-            match message:
-                case Go(number, stream):
-                    self._send(number, stream)
-                case Done(number, why):
-                    self._end(number, why)
-                case _:
-                    self._target.take(message)
+            try:
+                self._take(message)
+            except self._wire.error as error:  # of one peer's connection: the others go on
+                logger.warning("%s: a peer's message came to nothing: %s", self.name, error)
         return self._target.settle() or bool(messages) or not self._wire.arm()
+
+    def _take(self, message: Ask | Go | Done | Note) -> None:
+        match message:
+            case Go(number, stream):
+                self._send(number, stream)
+            case Done(number, why):
+                self._end(number, why)
+            case _:
+                self._target.take(message)
 
     def _send(self, number: int, stream: int) -> None:
         write = self._posted(number)
         if write is not None and write.peer in self._peers:
             endpoint = self._peers[write.peer].endpoint
-            write.sends = [
+            for index, memory in enumerate(write.memory):
                 self._wire.send(endpoint, stream, index, memory)
-                for index, memory in enumerate(write.memory)
-            ]
 
     def _end(self, number: int, why: str) -> None:
         write = self._posted(number)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import bisect
+import logging
 import secrets
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from weightsync.layout import MemoryKind
 from weightsync.transport.base import LocalMemory, Side
 from weightsync.transport.ucxx_wire import Ask, Done, Go, Note, Wire, unpack_ops
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,17 @@ class Interval:
         """Whether all of ``nbytes`` bytes at ``addr`` lie in it."""
         mine = (self.kind, self.device_id) == (side.kind, side.device_id)
         return mine and self.addr <= addr and addr + nbytes <= self.addr + self.nbytes
+
+
+def order(interval: Interval) -> tuple[MemoryKind, int, int]:
+    """What :func:`holding` wants intervals sorted by."""
+    return interval.kind, interval.device_id, interval.addr
+
+
+def holding(intervals: Sequence[Interval], addr: int, nbytes: int, side: Side) -> Interval | None:
+    """The one of the sorted ``intervals`` that holds all of ``nbytes`` bytes at ``addr``."""
+    at = bisect.bisect_right(intervals, (side.kind, side.device_id, addr), key=order) - 1
+    return intervals[at] if at >= 0 and intervals[at].holds(addr, nbytes, side) else None
 
 
 @dataclass
@@ -73,9 +89,12 @@ class Target:
 
     def take(self, message: Ask | Note) -> None:
         """Post the receives of a write, if all of it may land; nothing moves before.  Or a note."""
+        # First of all: what comes without it may be made up, and UCX trusts an address.
+        if not secrets.compare_digest(message.key, self.key):
+            logger.warning("%s wants to write without this end's key: ignored", message.sender)
+            return
         if isinstance(message, Note):
-            if secrets.compare_digest(message.key, self.key):
-                self.inbox.setdefault(message.sender, []).append(message.body)
+            self.inbox.setdefault(message.sender, []).append(message.body)
             return
         endpoint = self._writers.get(message.address)
         if endpoint is None or not endpoint.alive:
@@ -83,7 +102,7 @@ class Target:
         side = Side(message.kind, message.device_id)
         why, places = self._checked(message, side)
         if why:
-            self._wire.say(endpoint, Done(message.write, why))
+            self._reply(endpoint, Done(message.write, why))
             return
         stream = self._number()
         receives = [
@@ -91,7 +110,7 @@ class Target:
             for index, (_, addr, nbytes) in enumerate(places)
         ]
         self._incoming.append(_Incoming(message, endpoint, receives))
-        self._wire.say(endpoint, Go(message.write, stream))
+        self._reply(endpoint, Go(message.write, stream))
 
     def settle(self) -> bool:
         """Tell the writers of what is over; whether anything was."""
@@ -111,8 +130,6 @@ class Target:
         self._writers.clear()
 
     def _checked(self, ask: Ask, side: Side) -> tuple[str, list[tuple[int, int, int]]]:
-        if not secrets.compare_digest(ask.key, self.key):
-            return "it does not have this end's key", []
         try:
             places = unpack_ops(ask.ops)
         except struct.error:
@@ -131,14 +148,19 @@ class Target:
                 one.receives[one.landed].check_error()
                 one.landed += 1
         except self._wire.error as error:
-            self._wire.say(one.endpoint, Done(one.ask.write, str(error)))
+            self._reply(one.endpoint, Done(one.ask.write, str(error)))
             return True
         if one.landed < len(one.receives):
             return False
         # every byte is in place: only now is the message seen (WS-2)
         self.inbox.setdefault(one.ask.sender, []).append(one.ask.message)
-        self._wire.say(one.endpoint, Done(one.ask.write))
+        self._reply(one.endpoint, Done(one.ask.write))
         return True
+
+    def _reply(self, endpoint: Any, answer: Go | Done) -> None:
+        # a writer that is gone needs none
+        with suppress(self._wire.error):
+            self._wire.say(endpoint, answer)
 
     def _number(self) -> int:
         self._numbers += 1

@@ -142,8 +142,13 @@ class Wire:
         self.error: type[Exception] = self._api.UCXError
         self._device: int | None = None
         self._arriving: list[tuple[Any, Any]] = []
-        #: requests that nobody waits for, with the memory that they read
+        #: what is being sent, with the memory that it is read from
         self._leaving: list[tuple[Any, Any]] = []
+
+    @property
+    def sending(self) -> bool:
+        """Whether memory is being read."""
+        return any(not request.completed for request, _ in self._leaving)
 
     def connect(self, address: bytes) -> Any:
         """An endpoint; a wrong address shows when it is used."""
@@ -165,9 +170,9 @@ class Wire:
         self._leaving.append((request, held))
         return request
 
-    def send(self, endpoint: Any, stream: int, index: int, memory: Any) -> Any:
+    def send(self, endpoint: Any, stream: int, index: int, memory: Any) -> None:
         """Send the bytes of one write."""
-        return endpoint.tag_send(memory, self._tag(stream, index))
+        self._leaving.append((endpoint.tag_send(memory, self._tag(stream, index)), memory))
 
     def receive(self, stream: int, index: int, memory: Any) -> Any:
         """Take the bytes of one write into place."""

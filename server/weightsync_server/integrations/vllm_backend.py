@@ -47,6 +47,8 @@ class WeightsyncWorkerEngine(WeightTransferEngine[WeightsyncInitInfo, Weightsync
 
     init_info_cls = WeightsyncInitInfo
     update_info_cls = WeightsyncUpdateInfo
+    #: a push reaches the target model alone
+    supports_draft_weight_update = False
 
     def __init__(
         self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module
