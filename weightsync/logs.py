@@ -50,8 +50,12 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def formatter(kind: Literal["text", "json"]) -> logging.Formatter:
-    """What a daemon writes its log with."""
-    if kind == "json":
-        return JsonFormatter()
-    return logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+def log_to_stderr(kind: Literal["text", "json"], level: str = "INFO") -> None:
+    """Have this process write its log to standard error, unless somebody has set that up."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        JsonFormatter()
+        if kind == "json"
+        else logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    )
+    logging.basicConfig(level=level, handlers=[handler])

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 from rich.console import Console
 from rich.status import Status
 
+from weightsync.logs import log_fields
 from weightsync_client.report import PushReport, human_bytes, human_seconds
 
 ProgressKind = Literal["auto", "terminal", "log", "off"]
@@ -33,32 +34,35 @@ class Progress(Protocol):
 
 
 class LogProgress:
-    """One log line a phase, ``key=value``, on the logger ``weightsync.publisher``."""
+    """One log line a phase, ``key=value``, on the logger ``weightsync.publisher``.
+
+    With :class:`weightsync.logs.JsonFormatter` the same fields are one JSON object a line.
+    """
 
     def started(self, phase: str, version: int) -> None:
         """Nothing: a phase is logged when its time is known."""
 
     def ended(self, phase: str, version: int, push_id: str, seconds: float, nbytes: int) -> None:
         """Log the phase's time."""
-        _log.info(
-            "push phase=%s version=%d push_id=%s seconds=%.6f nbytes=%d",
-            phase, version, push_id, seconds, nbytes,
+        log_fields(
+            _log, logging.INFO, "push", phase=phase, outcome="ok", version=version,
+            push_id=push_id, seconds=seconds, nbytes=nbytes,
         )  # fmt: skip
 
     def done(self, report: PushReport) -> None:
         """Log the whole push."""
-        _log.info(
-            "push phase=done version=%d push_id=%s seconds=%.6f nbytes=%d paused_s=%.6f "
-            "rate_bytes_per_s=%.0f agents=%d",
-            report.version, report.push_id, report.total_s, report.nbytes, report.paused_s,
-            report.rate_bytes_per_s, len(report.agents),
+        log_fields(
+            _log, logging.INFO, "push", phase="done", outcome="committed", version=report.version,
+            push_id=report.push_id, seconds=report.total_s, nbytes=report.nbytes,
+            paused_s=report.paused_s, rate_bytes_per_s=round(report.rate_bytes_per_s),
+            agents=len(report.agents),
         )  # fmt: skip
 
     def failed(self, phase: str, version: int, push_id: str, error: BaseException) -> None:
         """Log what ended the push."""
-        _log.error(
-            "push phase=%s version=%d push_id=%s failed=%s error=%s",
-            phase, version, push_id, type(error).__name__, error,
+        log_fields(
+            _log, logging.ERROR, "push", phase=phase, outcome="failed", version=version,
+            push_id=push_id, error=type(error).__name__, detail=str(error),
         )  # fmt: skip
 
 

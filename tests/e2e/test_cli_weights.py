@@ -28,7 +28,7 @@ def test_a_pushed_folder_is_what_the_engine_serves_and_verify_says_so(
 ) -> None:
     agent = ("--agent", stack.agent.url)
     trace = tmp_path / "push.json"
-    pushed = run("push", second, *agent, "--json", "--trace", trace)
+    pushed = run("push", second, *agent, "--json", "--trace", trace, "--log-format", "json")
     assert pushed.code == 0, pushed.err
     assert pushed.json.keys() >= REPORT_FIELDS
     lanes = read_trace(trace)

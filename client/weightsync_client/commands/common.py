@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -59,6 +60,13 @@ TraceFile = Annotated[
 CheckpointDir = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT_DIR", help="Folder of safetensors files.")
 ]
+
+
+class LogFormat(StrEnum):
+    """How log lines are written."""
+
+    text = "text"
+    json = "json"
 
 
 def print_json(answer: dict[str, Any]) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 
 from weightsync.errors import WeightSyncError
 from weightsync.protocol import PauseRequest, ResumeRequest, StepResponse
@@ -26,11 +24,9 @@ from weightsync_client.commands.common import (
     print_json,
     tell_error,
 )
+from weightsync_client.commands.status_view import Answer, status_table, trouble, watched
 from weightsync_client.control import Agent, Fleet
-from weightsync_client.report import human_seconds
 from weightsync_client.settings import Deadlines
-
-_COLORS = {"ready": "green", "paused": "yellow", "receiving": "cyan", "torn": "bold red"}
 
 
 class Mode(StrEnum):
@@ -39,15 +35,6 @@ class Mode(StrEnum):
     keep = "keep"
     wait = "wait"
     abort = "abort"
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What one agent answered; one of ``body`` and ``error`` is there."""
-
-    url: str
-    body: dict[str, Any] | None = None
-    error: WeightSyncError | None = None
 
 
 def ask_each(fleet: Fleet, call: Callable[[Agent], dict[str, Any]]) -> list[Answer]:
@@ -102,21 +89,21 @@ def status(
             if as_json:
                 print_json(_status_json(answers))
             else:
-                Console().print(_status_table(answers))
+                Console().print(status_table(answers, time.time()))
                 for answer in answers:
                     if answer.error is not None:
                         tell_error("status", answer.error)
-                    elif trouble := _trouble(answer.body or {}):
-                        typer.echo(f"{answer.url}: {trouble}")
+                    elif text := trouble(answer):
+                        typer.echo(f"{answer.url}: {text}")
     serve = all(a.body is not None and a.body.get("state") == "ready" for a in answers)
     raise typer.Exit(_worst(answers) or (0 if serve else EXIT_NO))
 
 
 def _watch(look: Callable[[], list[Answer]], interval_s: float) -> None:
-    with Live(_status_table(look()), auto_refresh=False) as live:
+    with Live(watched(look(), time.time()), auto_refresh=False) as live:
         while True:
             time.sleep(interval_s)
-            live.update(_status_table(look()), refresh=True)
+            live.update(watched(look(), time.time()), refresh=True)
 
 
 def _status_json(answers: Sequence[Answer]) -> dict[str, Any]:
@@ -130,56 +117,6 @@ def _status_json(answers: Sequence[Answer]) -> dict[str, Any]:
             for a in answers
         ]
     }
-
-
-def _status_table(answers: Sequence[Answer]) -> Table:
-    table = Table(title=f"{time.strftime('%H:%M:%S')}  {len(answers)} agents", title_justify="left")
-    for head in ("agent", "state", "version", "workers", "last push"):
-        table.add_column(head, overflow="fold")
-    for answer in answers:
-        name = answer.url.removeprefix("http://")
-        if answer.body is not None:
-            table.add_row(name, *_cells(answer.body))
-        elif answer.error is not None:
-            table.add_row(name, f"[bold red]{answer.error.code}", "", "", "")
-    return table
-
-
-def _cells(told: dict[str, Any]) -> list[str]:
-    state = str(told.get("state", "?"))
-    version = str(told.get("version", "?"))
-    if told.get("target") is not None:
-        version += f" → {told['target']}"
-    if state == "paused":
-        state_text = "paused by a push" if told.get("pause_owner") else "paused by hand"
-    else:
-        state_text = state
-    workers = told.get("workers", ())
-    kinds = [(k, sum(int(w.get(k, 0)) for w in workers)) for k in ("direct", "staged")]
-    kinds.append(("refused", sum(len(w.get("refusals", ())) for w in workers)))
-    counts = ", ".join(f"{n} {kind}" for kind, n in kinds if n)
-    return [
-        f"[{_COLORS.get(state, 'red')}]{state_text}",
-        version,
-        f"{len(workers)}" + (f" ({counts})" if counts else ""),
-        _last_push(told.get("last_push")),
-    ]
-
-
-def _trouble(told: dict[str, Any]) -> str:
-    """What went wrong last, while the engine does not serve."""
-    errors = told.get("last_errors")
-    if told.get("state") in ("ready", "paused", "receiving") or not errors:
-        return ""
-    return f"{errors[-1]['code']}: {errors[-1]['detail']}\n  what to do: {errors[-1]['hint']}"
-
-
-def _last_push(push: dict[str, Any] | None) -> str:
-    if push is None:
-        return "none yet"
-    paused_s = push.get("seconds", {}).get("paused")
-    paused = "" if paused_s is None else f", paused {human_seconds(paused_s)}"
-    return f"v{push.get('version')} {push.get('outcome')}{paused}"
 
 
 # ------------------------------------------------------------------ pause, resume

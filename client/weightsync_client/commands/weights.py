@@ -11,12 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from weightsync.errors import InputError
+from weightsync.logs import log_to_stderr
 from weightsync_client.commands.common import (
     EXIT_NO,
     Agents,
     AsJson,
     CheckpointDir,
     Ignore,
+    LogFormat,
     TokenFile,
     TraceFile,
     errors_told,
@@ -56,6 +58,10 @@ def push(
     ] = True,
     ignore: Ignore = None,
     trace: TraceFile = None,
+    log_format: Annotated[
+        LogFormat | None,
+        typer.Option(help="Log each phase on stderr, as text or as one JSON object a line."),
+    ] = None,
     token_file: TokenFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -73,7 +79,9 @@ def push(
 
         check_trace_file(trace)
         source = CheckpointSource(checkpoint)
-        shown = sys.stderr.isatty() and not as_json
+        shown = sys.stderr.isatty() and not as_json and log_format is None
+        if log_format is not None:
+            log_to_stderr(log_format.value)
         with (
             Publisher(
                 agents,
@@ -83,7 +91,7 @@ def push(
                 max_slot_bytes=max_slot_bytes,
                 check_finite=check_finite,
                 ignore=ignore or (),
-                progress="terminal" if shown else "off",
+                progress="terminal" if shown else "off" if log_format is None else "log",
                 group=None,
             ) as publisher,
             sigterm_as_exit(),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import uvicorn
 
 from weightsync.errors import InputError, WeightSyncError
-from weightsync.logs import formatter
+from weightsync.logs import log_to_stderr
 from weightsync_server.agent.app import Agent
 from weightsync_server.agent.settings import AgentSettings, load_settings
 from weightsync_server.agent.side_door import SideDoor
@@ -141,9 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point.  Exit status 2: it could not start."""
     try:
         settings = load_settings(argv)
-        handler = logging.StreamHandler()
-        handler.setFormatter(formatter(settings.log_format))
-        logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
+        log_to_stderr(settings.log_format, settings.log_level.upper())
         # one line a second for each look at the engine is no news
         logging.getLogger("httpx").setLevel(logging.WARNING)
         serve(settings)
