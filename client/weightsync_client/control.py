@@ -13,7 +13,7 @@ import ssl
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -46,12 +46,22 @@ MAX_THREADS = 64
 _CONNECTION_LOST = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError, httpx.CloseError)
 
 
+class Look(NamedTuple):
+    """What an answer tells besides its body: its date, and when the agent's certificate ends."""
+
+    date: str
+    certificate_ends: float | None
+
+
 class Agent:
     """One agent's calls.  ``url`` is what it is known by."""
 
-    def __init__(self, url: str, http: httpx.Client, deadlines: Deadlines) -> None:
+    def __init__(
+        self, url: str, http: httpx.Client, deadlines: Deadlines, server_name: str | None = None
+    ) -> None:
         self.url = url
         self._http = http
+        self._extensions = {} if server_name is None else {"sni_hostname": server_name}
         self._deadlines = deadlines
 
     def get(self, path: str, *, timeout_s: float) -> dict[str, Any]:
@@ -84,6 +94,26 @@ class Agent:
                 hint="trainer and agent must have the same version of weightsync",
                 agent=self.url,
             ) from error
+
+    def look(self, path: str, *, timeout_s: float) -> Look:
+        """What the answer to ``GET path`` tells besides its body.
+
+        Raises:
+            AgentUnreachableError: There is none.
+        """
+        try:
+            with self._http.stream(
+                "GET", self.url + path, timeout=timeout_s, extensions=self._extensions
+            ) as response:
+                stream = response.extensions.get("network_stream")
+                tls = None if stream is None else stream.get_extra_info("ssl_object")
+                ends = None if tls is None else tls.getpeercert().get("notAfter")
+                return Look(
+                    response.headers.get("date", ""),
+                    None if ends is None else ssl.cert_time_to_seconds(ends),
+                )
+        except httpx.HTTPError as error:
+            raise AgentUnreachableError(f"agent {self.url}: {error}", agent=self.url) from error
 
     def _request(self, method: str, path: str, body: bytes | None, timeout_s: float) -> Any:
         deadline = time.monotonic() + timeout_s + self._deadlines.grace_s
@@ -139,7 +169,12 @@ class Agent:
         chunks: list[bytes] = []
         nbytes = 0
         with self._http.stream(
-            method, self.url + path, content=body, headers=headers, timeout=timeout
+            method,
+            self.url + path,
+            content=body,
+            headers=headers,
+            timeout=timeout,
+            extensions=self._extensions,
         ) as response:
             for chunk in response.iter_bytes():
                 chunks.append(chunk)
@@ -184,6 +219,7 @@ class Fleet:
         urls: ``http(s)://host:port`` of each agent; None: :meth:`use` names them.
         token: Bearer token; None: none is sent.
         verify: True, or the TLS context to check the agents' certificates with.
+        server_name: What the certificates are made out to; None: the hosts of ``urls``.
 
     Raises:
         InputError: No agents, one twice, or what is no such address.
@@ -196,10 +232,12 @@ class Fleet:
         token: str | None,
         deadlines: Deadlines,
         verify: ssl.SSLContext | bool = True,
+        server_name: str | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.agents: tuple[Agent, ...] = ()
         self._deadlines = deadlines
+        self._server_name = server_name
         checked = () if urls is None else checked_urls(urls)
         # What it opens at its agents is its own: see weightsync.protocol.SESSION_SECRET_HEADER.
         headers = {SESSION_SECRET_HEADER: secrets.token_urlsafe(32)}
@@ -219,7 +257,9 @@ class Fleet:
     def use(self, urls: Sequence[str]) -> None:
         """From now on these are the agents; ``urls`` come from :func:`checked_urls`."""
         known = {agent.url: agent for agent in self.agents}
-        self.agents = tuple(known.get(u) or Agent(u, self._http, self._deadlines) for u in urls)
+        self.agents = tuple(
+            known.get(u) or Agent(u, self._http, self._deadlines, self._server_name) for u in urls
+        )
 
     def each(self, call: Callable[[Agent], T], agents: Sequence[Agent] | None = None) -> list[T]:
         """``call`` of every agent, all at once; the answers in the order of the agents.

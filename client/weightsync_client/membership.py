@@ -36,15 +36,35 @@ def members_of(agents: Agents, *, timeout_s: float) -> Members:
         path = agents
         return lambda: _checked(_lines(path), f"the file {path}")
     if isinstance(agents, str) and agents.startswith(_DNS):
-        host, _, port = agents.removeprefix(_DNS).rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
-            raise InputError(f"not a DNS name with a port: {agents!r}", hint="dns:HOST:PORT")
-        return lambda: _checked(_addresses(host, int(port), timeout_s), agents)
+        scheme, host, port = _dns(agents)
+        return lambda: _checked(_addresses(scheme, host, port, timeout_s), agents)
     if callable(agents):
         ask = agents
         return lambda: _checked(_called(ask), f"the function {ask!r}")
     fixed = checked_urls(agents)
     return lambda: fixed
+
+
+def server_name_of(agents: Agents) -> str | None:
+    """What the certificates of agents that a DNS name stands for are made out to: that name.
+
+    Raises:
+        InputError: It is no such name.
+    """
+    return _dns(agents)[1] if isinstance(agents, str) and agents.startswith(_DNS) else None
+
+
+def _dns(agents: str) -> tuple[str, str, int]:
+    """Scheme, host and port of ``dns:[https://]HOST:PORT``."""
+    name = agents.removeprefix(_DNS)
+    scheme, there, rest = name.partition("://")
+    host, _, port = (rest if there else name).rpartition(":")
+    known = not there or scheme in {"http", "https"}
+    if not known or not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+        raise InputError(
+            f"not a DNS name with a port: {agents!r}", hint="dns:HOST:PORT, dns:https://HOST:PORT"
+        )
+    return scheme if there else "http", host, int(port)
 
 
 def _checked(urls: Iterable[str], where: str) -> tuple[str, ...]:
@@ -77,7 +97,7 @@ def _called(ask: Callable[[], Iterable[str]]) -> list[str]:
         ) from error
 
 
-def _addresses(host: str, port: int, timeout_s: float) -> list[str]:
+def _addresses(scheme: str, host: str, port: int, timeout_s: float) -> list[str]:
     """Every A and AAAA record, in a stable order."""
     answers: queue.SimpleQueue[list[str] | OSError] = queue.SimpleQueue()
 
@@ -101,4 +121,6 @@ def _addresses(host: str, port: int, timeout_s: float) -> list[str]:
             f"the DNS knows no {host}: {answer}",
             hint="is the service there, headless, and has it ready endpoints?",
         ) from answer
-    return [f"http://[{ip}]:{port}" if ":" in ip else f"http://{ip}:{port}" for ip in answer]
+    return [
+        f"{scheme}://[{ip}]:{port}" if ":" in ip else f"{scheme}://{ip}:{port}" for ip in answer
+    ]

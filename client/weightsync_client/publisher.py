@@ -22,7 +22,7 @@ from weightsync_client.catch_up import CatchUp
 from weightsync_client.control import Fleet
 from weightsync_client.gloo import make_ranks
 from weightsync_client.health import check
-from weightsync_client.membership import Agents, members_of
+from weightsync_client.membership import Agents, members_of, server_name_of
 from weightsync_client.opened import Open, PushSettings
 from weightsync_client.policy import Policy, check_policy
 from weightsync_client.progress import Progress, ProgressKind, make_progress
@@ -153,6 +153,7 @@ class Publisher:
             token=token_from_env() if token is None else token,
             deadlines=deadlines,
             verify=tls_context(verify, cert),
+            server_name=server_name_of(agents),
         )
         ranks = make_ranks(group, apart_s=deadlines.ranks_s)
         self._settings = PushSettings(

@@ -14,7 +14,10 @@ from pydantic import SecretStr
 
 from tests.support.certificates import Authority
 from weightsync.errors import AgentUnreachableError, InputError
-from weightsync_client.control import Fleet
+from weightsync_client.control import Fleet, Look
+from weightsync_client.doctor.remote import _certificate
+from weightsync_client.doctor.remote import agents as doctor_agents
+from weightsync_client.membership import members_of, server_name_of
 from weightsync_client.settings import Deadlines
 from weightsync_client.tls import tls_context
 from weightsync_server.agent.app import Agent
@@ -33,7 +36,7 @@ def authority(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(authority):
-    return authority.issue("agent", "127.0.0.1")
+    return authority.issue("agent", "127.0.0.1", "fleet.test")
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +162,56 @@ async def test_what_a_proxy_header_says_does_not_change_who_calls(start):
     agent = await start()
     assert not agent.running.server.config.proxy_headers
     assert not agent.running.server._side.config.proxy_headers
+
+
+async def test_agents_that_a_dns_name_stands_for_show_certificates_of_that_name(
+    start, authority, monkeypatch
+):
+    agent = await start()
+    agents = f"dns:https://fleet.test:{agent.port}"
+
+    def resolve(host: str, port: int, **_: object) -> list:
+        assert (host, port) == ("fleet.test", agent.port)
+        return [(2, 1, 6, "", ("127.0.0.1", port))]
+
+    with monkeypatch.context() as patched:
+        patched.setattr("weightsync_client.membership._lookup", resolve)
+        urls = members_of(agents, timeout_s=5)()
+    assert urls == (agent.url,)
+
+    def ask(name: str) -> dict:
+        verify = tls_context(authority.pem)
+        deadlines = Deadlines(grace_s=0.5)
+        with Fleet(
+            urls, token=TOKEN, deadlines=deadlines, verify=verify, server_name=name
+        ) as fleet:
+            return fleet.agents[0].get("/status", timeout_s=3)
+
+    assert server_name_of(agents) == "fleet.test"
+    assert (await asyncio.to_thread(ask, "fleet.test"))["state"]
+    with pytest.raises(AgentUnreachableError, match="CERTIFICATE_VERIFY_FAILED"):
+        await asyncio.to_thread(ask, "other.test")
+    assert server_name_of([agent.url]) is None
+
+
+async def test_the_doctor_tells_when_a_certificate_ends_and_that_a_token_goes_in_clear(
+    start, authority
+):
+    agent = await start()
+
+    def ask() -> dict:
+        verify = tls_context(authority.pem)
+        with Fleet([agent.url], token=TOKEN, deadlines=Deadlines(), verify=verify) as fleet:
+            return {f.id: f for f in doctor_agents(fleet)}
+
+    found = await asyncio.to_thread(ask)
+    assert found["agent.reachable"].severity == "ok"
+    assert found["agent.tls"].severity == "warn"  # the certificates of these tests last an hour
+    assert found["agent.tls"].what == "its certificate ends in 0 days"
+
+    seen = Look("", None)
+    assert _certificate("http://127.0.0.1:9100", seen).severity == "ok"
+    assert "in clear" in _certificate("http://node-1:9100", seen).what
 
 
 # ---------------------------------------------------------------- certificates that are renewed

@@ -32,12 +32,12 @@ class Authority:
         self.pem = self._write(f"{name}.pem", builder)
 
     def issue(self, name: str, *addresses: str) -> tuple[Path, Path]:
-        """Certificate and key of ``name``, for these IP addresses."""
+        """Certificate and key of ``name``, for these IP addresses and host names."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         builder = self._builder(subject, key)
         if addresses:
-            names = [x509.IPAddress(ipaddress.ip_address(a)) for a in addresses]
+            names = [_name(a) for a in addresses]
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
         key_file = self.folder / f"{name}.key"
         key_file.write_bytes(
@@ -73,3 +73,10 @@ class Authority:
         signed = builder.sign(self._key, hashes.SHA256())
         path.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
         return path
+
+
+def _name(address: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(address))
+    except ValueError:
+        return x509.DNSName(address)

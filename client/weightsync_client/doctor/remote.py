@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import socket
 import time
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
 import weightsync
 from weightsync.errors import AgentUnreachableError, AuthError, WeightSyncError
-from weightsync_client.control import Agent, Fleet
+from weightsync_client.control import Agent, Fleet, Look
 from weightsync_client.doctor.finding import Finding, Severity
 from weightsync_client.settings import Deadlines
 
@@ -20,6 +22,8 @@ _TIMEOUT_S = 5.0
 _AGENT_PORT = 9100
 #: seconds that two clocks may be apart; an HTTP date has none below one
 _CLOCK_S = 5.0
+#: a certificate that ends sooner should have been renewed
+_RENEW_DAYS = 14
 
 
 def agents(fleet: Fleet) -> Iterator[Finding]:
@@ -46,7 +50,10 @@ def _agent(agent: Agent, deadlines: Deadlines) -> Iterator[Finding]:
     yield _versions(status, where)
     yield _state(status, where)
     yield from _engines(status, where)
-    yield _clock(where)
+    with contextlib.suppress(WeightSyncError):
+        seen = agent.look("/healthz", timeout_s=deadlines.status_s)
+        yield _clock(where, seen)
+        yield _certificate(where, seen)
 
 
 def _versions(status: dict[str, Any], where: str) -> Finding:
@@ -106,18 +113,36 @@ def _engines(status: dict[str, Any], where: str) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _clock(where: str) -> Finding:
+def _clock(where: str, seen: Look) -> Finding:
     why = "logs and metrics of both ends are read side by side; pushes do not depend on it"
     try:
-        answer = httpx.get(f"{where}/healthz", timeout=_TIMEOUT_S, trust_env=False)
-        then = email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp()
-    except (httpx.HTTPError, KeyError, ValueError):
+        then = email.utils.parsedate_to_datetime(seen.date).timestamp()
+    except ValueError:
         return Finding("agent.clock", "warn", "its answers have no date", why, "date", where)
     apart_s = time.time() - then
     near = abs(apart_s) <= _CLOCK_S
     what = "clocks agree" if near else f"its clock is {apart_s:+.0f} s from this one"
     fix = "" if near else "timedatectl set-ntp true  # on both hosts"
     return Finding("agent.clock", "ok" if near else "warn", what, why, fix, where)
+
+
+def _certificate(where: str, seen: Look) -> Finding:
+    why = "who reads the token on its way can push weights with it"
+    parts = urlsplit(where)
+    if parts.scheme == "http":
+        near = parts.hostname in {"localhost", "127.0.0.1", "::1"}
+        return Finding(
+            "agent.tls", "ok" if near else "warn",
+            "no TLS, over loopback" if near else "no TLS: the token goes over the network in clear",
+            why, "" if near else "--tls-cert and --tls-key there: docs/security.md", where,
+        )  # fmt: skip
+    if seen.certificate_ends is None:
+        return Finding("agent.tls", "ok", "it speaks TLS", why, "", where)
+    days = (seen.certificate_ends - time.time()) / 86_400
+    soon = days < _RENEW_DAYS
+    what = f"its certificate ends in {days:.0f} days"
+    fix = "renew it: the agent reads the new one by itself" if soon else ""
+    return Finding("agent.tls", "warn" if soon else "ok", what, why, fix, where)
 
 
 def agent_port(port: int = _AGENT_PORT) -> Finding:
@@ -149,7 +174,8 @@ def engine(url: str) -> Iterator[Finding]:
         return
     # an agent answers with problems, too, and not about the secret
     problem = info.headers.get("content-type", "").startswith("application/problem+json")
-    there = problem and "WEIGHTSYNC_ENGINE_SECRET" in info.text
+    # ours refuses other hosts by its path's name, and this one for its secret
+    there = problem and ("WEIGHTSYNC_ENGINE_SECRET" in info.text or "/weightsync/" in info.text)
     yield Finding(
         "engine.middleware", "ok" if there else "fail",
         "the middleware answers (and refuses who has no secret)"
