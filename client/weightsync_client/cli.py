@@ -14,7 +14,7 @@ from rich.console import Console
 from weightsync_client.bench.command import bench
 from weightsync_client.commands.common import TLS_FILES, TraceFile
 from weightsync_client.commands.doctor import doctor
-from weightsync_client.commands.fleet import pause, resume, status
+from weightsync_client.commands.fleet import PushModes, pause, resume, rollback, status
 from weightsync_client.commands.weights import explain_command, push, verify
 from weightsync_client.demo.options import DemoOptions
 from weightsync_client.demo.run import run_demo
@@ -110,6 +110,12 @@ def demo(
         Quantized,
         typer.Option(help="fp8: the engine serves fp8 blocks, the trainer keeps bfloat16."),
     ] = Quantized.none,
+    mode: Annotated[
+        PushModes,
+        typer.Option(
+            help="shadow: the engine serves while new weights are written beside its own."
+        ),
+    ] = PushModes.direct,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")
     ] = False,
@@ -148,6 +154,7 @@ def demo(
         one_agent=one_agent,
         trainer_ranks=trainer_ranks,
         quantization=quantization.value,
+        mode=mode.value,
         workdir=workdir,
         trace_file=trace,
         keep=keep,
@@ -170,7 +177,7 @@ def demo(
 
 app.command(name="plan")(plan)
 app.add_typer(bench, name="bench")
-for _command in (status, pause, resume, push, verify, doctor):
+for _command in (status, pause, resume, rollback, push, verify, doctor):
     app.command()(_command)
 app.command(name="explain")(explain_command)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from weightsync.protocol import PauseMode
+from weightsync.protocol import PauseMode, PushMode
 from weightsync.transport.base import Transport
 from weightsync_client.control import Fleet
 from weightsync_client.membership import Members
@@ -25,6 +25,7 @@ class PushSettings:
     wait_for_agents_s: float
     make_transport: Callable[[], Transport]
     check_finite: bool
+    mode: PushMode
     pause_mode: PauseMode
     reset_caches: bool
     deadlines: Deadlines

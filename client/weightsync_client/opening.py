@@ -61,6 +61,7 @@ def _admitted(attempt: Attempt, session: Session, urls: list[str]) -> bool:
         attempt.roster,
         attempt.held.ranks,
         deadlines=attempt.settings.deadlines,
+        mode=attempt.settings.mode,
         undo=attempt.undo,
     )
 
@@ -78,6 +79,7 @@ def _reopen(attempt: Attempt, pushed: Pushed) -> Session:
         ignore=settings.ignore,
         max_slot_nbytes=settings.max_slot_nbytes,
         coalesce_nbytes=settings.coalesce_nbytes,
+        mode=settings.mode,
         lending=Lending(settings.lend_nbytes, frozenset(attempt.held.moved)),
         undo=attempt.undo,
     )

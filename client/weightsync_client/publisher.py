@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from weightsync.errors import InputError, NoSessionError, PushInProgressError, StaleEpochError
 from weightsync.plan import COALESCE_NBYTES
-from weightsync.protocol import PauseMode
+from weightsync.protocol import PauseMode, PushMode
 from weightsync.slab import ALIGN_NBYTES
 from weightsync.topology import cuda_address
 from weightsync.transport.base import Transport
@@ -64,6 +64,10 @@ class Publisher:
             what makes a :class:`weightsync.transport.base.Transport` with a name of its own, once
             an epoch; the device of the slots is the current one then.
         check_finite: Refuse weights that are NaN or infinite, before anything is sent.
+        mode: ``direct``: the engines stand still while the weights are written.  ``shadow``: they
+            are written to a second copy, and the engines stand still only while it takes the
+            weights' place; an engine needs memory for the copy, and the version before can be put
+            back (``weightsync rollback``).
         pause_mode: What happens to running requests: they are kept and go on afterwards
             (``keep``), are finished first (``wait``), or end (``abort``).
         reset_caches: The engines drop the prefix blocks and encoder outputs that they have
@@ -112,6 +116,7 @@ class Publisher:
         token: str | None = None,
         transport: Literal["nixl", "ucxx"] | Callable[[], Transport] = "nixl",
         check_finite: bool = True,
+        mode: PushMode = "direct",
         pause_mode: PauseMode = "keep",
         reset_caches: bool = True,
         deadlines: Deadlines | None = None,
@@ -144,6 +149,8 @@ class Publisher:
             raise InputError(
                 f"wait_for_agents_s is {wait_for_agents_s}", hint="seconds, 0 to a day: 86400"
             )
+        if mode not in ("direct", "shadow"):
+            raise InputError(f"unknown mode {mode!r}", hint='"direct" or "shadow"')
         check_policy(policy)
         self._conversion = as_spec(conversion)
         deadlines = Deadlines() if deadlines is None else deadlines
@@ -162,6 +169,7 @@ class Publisher:
             wait_for_agents_s=wait_for_agents_s,
             make_transport=_maker(transport),
             check_finite=check_finite,
+            mode=mode,
             pause_mode=pause_mode,
             reset_caches=reset_caches,
             deadlines=deadlines,

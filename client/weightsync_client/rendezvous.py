@@ -20,6 +20,7 @@ from weightsync.protocol import (
     ConnectRequest,
     InitTransferRequest,
     InitTransferResponse,
+    PushMode,
     RankOffer,
     StepResponse,
 )
@@ -107,6 +108,7 @@ def open_session(
     max_slot_nbytes: int | None,
     coalesce_nbytes: int = 0,
     lending: Lending = LEND_NOTHING,
+    mode: PushMode = "direct",
     staged_only: bool = False,
     undo: Callable[[BaseException], None] = no_undo,
 ) -> Session:
@@ -122,6 +124,7 @@ def open_session(
         max_slot_nbytes: Bound of this rank's slot memory.
         coalesce_nbytes: Tensors up to this that are cut over ranks are gathered; rank 0's counts.
         lending: What this rank may write from where it is.
+        mode: Whether the bytes land in live memory or beside it.
         staged_only: See :class:`Session`.
         undo: See :meth:`weightsync_client.ranks.Ranks.meet`.
 
@@ -144,7 +147,7 @@ def open_session(
     terms = ranks.meet(
         "declare",
         lambda: introduce(pushed.declaration, pushed.given, alone=ranks.world_size == 1),
-        lambda introduced: _init(roster, introduced, coalesce_nbytes, timeout_s),
+        lambda introduced: _init(roster, introduced, coalesce_nbytes, mode, timeout_s),
         kind=Introduction,
         result=_Terms,
         work_s=timeout_s,
@@ -166,6 +169,7 @@ def admit(
     ranks: Ranks,
     *,
     deadlines: Deadlines,
+    mode: PushMode = "direct",
     undo: Callable[[BaseException], None] = no_undo,
 ) -> bool:
     """Make a rendezvous with these agents alone; the others keep their epochs, all their slots.
@@ -181,7 +185,7 @@ def admit(
     def ask(_: list[None]) -> list[Answer] | None:
         found = []
         for answer in ask_layouts(
-            roster, session.manifest, ranks.world_size, timeout_s=timeout_s, urls=urls
+            roster, session.manifest, ranks.world_size, mode=mode, timeout_s=timeout_s, urls=urls
         ):
             likes = session.like(answer.layouts())
             if likes is None:
@@ -269,11 +273,15 @@ def _connect(
 
 
 def _init(
-    roster: Roster, introduced: Sequence[Introduction], coalesce_nbytes: int, timeout_s: float
+    roster: Roster,
+    introduced: Sequence[Introduction],
+    coalesce_nbytes: int,
+    mode: PushMode,
+    timeout_s: float,
 ) -> _Terms:
     """The first round, on rank 0: the whole manifest to every agent."""
     manifest = join(introduced)
-    answers = ask_layouts(roster, manifest, len(introduced), timeout_s=timeout_s)
+    answers = ask_layouts(roster, manifest, len(introduced), mode=mode, timeout_s=timeout_s)
     boxes = []
     for one in introduced:
         held = one.declaration.holdings
@@ -286,6 +294,7 @@ def ask_layouts(
     manifest: Manifest,
     world_size: int,
     *,
+    mode: PushMode = "direct",
     timeout_s: float,
     urls: Collection[str] | None = None,
 ) -> list[Answer]:
@@ -295,6 +304,7 @@ def ask_layouts(
         roster: Whom to ask; those that fail are dropped.
         manifest: Of all ranks.
         world_size: How many they are.
+        mode: Whether the bytes land in live memory or beside it.
         timeout_s: For all answers.
         urls: Ask these alone.
 
@@ -311,6 +321,7 @@ def ask_layouts(
             manifest=packed,
             world_size=world_size,
             timeout_s=timeout_s,
+            mode=mode,
         )
         answer = agent.post("/init_transfer", request, InitTransferResponse, timeout_s=timeout_s)
         workers = [(w.place, base64.b64decode(w.metadata), w.layout) for w in answer.workers]

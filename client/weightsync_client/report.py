@@ -10,7 +10,7 @@ from weightsync.errors import InputError
 from weightsync_client.trace import Span, write_trace
 
 #: the phases of a push, in order; ``paused`` spans pause to resume
-PHASES = ("rendezvous", "fill", "pause", "begin", "write", "commit", "resume")
+PHASES = ("rendezvous", "fill", "pause", "begin", "write", "prepare", "commit", "resume")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,7 @@ class PushReport:
         pause_s: Until every engine was drained.
         begin_s: Until every worker had checked its tensors.
         write_s: First post to last completion; from the third round on the fill is part of it.
+        prepare_s: Of shadow mode: digests; the engines served meanwhile, in begin and write too.
         commit_s: Digests, installation, prefix cache.
         resume_s: Until every engine generated again.
         paused_s: Pause sent to resume answered: what a request may have waited.
@@ -71,6 +72,7 @@ class PushReport:
     pause_s: float
     begin_s: float
     write_s: float
+    prepare_s: float
     commit_s: float
     resume_s: float
     paused_s: float

@@ -164,7 +164,9 @@ def choose_version(
     targets = [int(s.get("target") or 0) for s in statuses]
     # one that was started anew may have had later versions before
     committed = [int(s.get("committed") or 0) for s in statuses]
-    lowest = max(*versions, *targets, *committed, last_version) + 1
+    # one that was given up is not served, and not used again either
+    given_up = [int(s.get("rolled_back_from") or 0) for s in statuses]
+    lowest = max(*versions, *targets, *committed, *given_up, last_version) + 1
     if wanted is None:
         return lowest
     if wanted <= max(versions):

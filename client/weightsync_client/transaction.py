@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from enum import IntEnum
@@ -81,7 +81,7 @@ class Transaction:
         self._recorder = recorder
         self._roster = roster
         self._members = dict(session.members)
-        self._digests = digests
+        self._digests = dict(digests)
         self._push_id = push_id
         self._version = version
         self._deadlines = deadlines
@@ -106,19 +106,19 @@ class Transaction:
         Raises:
             EnginePausedError: An engine is paused by hand.
         """
+        self._roster.each("pause", self._pause)
 
-        def call(agent: Agent) -> None:
-            request = PauseRequest(
-                mode=self._pause_mode, timeout_s=self._deadlines.pause_s, push_id=self._push_id
-            )
-            self.stages[agent.url] = Stage.PAUSING
-            try:
-                self._post(agent, "/pause", request, self._deadlines.pause_s)
-            except StateError:  # refused: nothing changed there, nothing is to be undone
-                self.stages[agent.url] = Stage.UNTOUCHED
-                raise
-
-        self._roster.each("pause", call)
+    def _pause(self, agent: Agent) -> None:
+        request = PauseRequest(
+            mode=self._pause_mode, timeout_s=self._deadlines.pause_s, push_id=self._push_id
+        )
+        before = self.stages[agent.url]
+        self.stages[agent.url] = max(before, Stage.PAUSING)
+        try:
+            self._post(agent, "/pause", request, self._deadlines.pause_s)
+        except StateError:  # refused: nothing changed there, nothing is to be undone
+            self.stages[agent.url] = before
+            raise
 
     def begin(self) -> None:
         """Every worker checks its tensors and expects the writes.
@@ -133,11 +133,14 @@ class Transaction:
 
         def call(agent: Agent) -> None:
             self.stages[agent.url] = Stage.BEGINNING
-            self._post(agent, "/begin_update", self._begin(agent), self._deadlines.begin_s)
+            self._post_begin(agent)
 
         self._heard_at = time.monotonic()
         self._roster.each("begin", call)
         self._heartbeat.start()
+
+    def _post_begin(self, agent: Agent) -> None:
+        self._post(agent, "/begin_update", self._begin(agent), self._deadlines.begin_s)
 
     def _begin(self, agent: Agent) -> BeginRequest:
         return BeginRequest(
@@ -213,15 +216,15 @@ class Transaction:
         """
         self._heartbeat.stop()
         answers = self._roster.fleet.attempt(
-            lambda agent: self._abort(agent, reason), self._roster.present
+            lambda agent: self._abort(agent, reason, self._take_back), self._roster.present
         )
         wait(self._aborts)
         return [str(answer) for answer in answers.values() if isinstance(answer, WeightSyncError)]
 
-    def _abort(self, agent: Agent, reason: str) -> None:
+    def _abort(self, agent: Agent, reason: str, committed: Callable[[Agent], object]) -> None:
         stage = self.stages[agent.url]
         if stage == Stage.COMMITTED:
-            self._resume(agent)
+            committed(agent)
         elif Stage.PAUSING <= stage <= Stage.COMMITTING:
             request = AbortRequest(
                 session=self._members[agent.url].session,
@@ -238,13 +241,17 @@ class Transaction:
 
         def call(agent: Agent) -> None:
             with suppress(WeightSyncError):
-                self._abort(agent, f"{failure.phase}: {describe(failure.error)}")
+                self._abort(agent, f"{failure.phase}: {describe(failure.error)}", self._resume)
 
         self._aborts.append(self._roster.fleet.aside(call, agent))
 
     def fates(self) -> list[str]:
         """What became of each agent, for the error of a push that failed."""
-        told = {
+        told = self._told()
+        return [f"{url}: {told[stage]}" for url, stage in self.stages.items()]
+
+    def _told(self) -> dict[Stage, str]:
+        return {
             Stage.UNTOUCHED: "untouched",
             Stage.PAUSING: "unchanged",
             Stage.BEGINNING: "may be torn",
@@ -252,7 +259,10 @@ class Transaction:
             Stage.COMMITTED: f"has version {self._version}",
             Stage.RESUMED: f"serves version {self._version}",
         }
-        return [f"{url}: {told[stage]}" for url, stage in self.stages.items()]
+
+    def _take_back(self, agent: Agent) -> None:
+        """The push has failed, and this agent has committed it: its version is whole."""
+        self._resume(agent)
 
     def _post(self, agent: Agent, path: str, request: Message, timeout_s: float) -> StepResponse:
         sent_at = time.perf_counter()
@@ -302,7 +312,8 @@ def check_held(
 
     def call(agent: Agent) -> None:
         status = agent.get("/status", timeout_s=deadlines.status_s)
-        if (status.get("state"), status.get("pause_owner")) != ("receiving", push_id):
+        begun = status.get("state") in ("shadowing", "receiving")
+        if not begun or status.get("pause_owner") != push_id:
             raise StaleEpochError(
                 f"agent {agent.url} has given push {push_id} up: it was not heard of for "
                 f"too long, and the engine is {status.get('state')} now",

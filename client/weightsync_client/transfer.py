@@ -13,6 +13,7 @@ from weightsync_client.attempt import Attempt
 from weightsync_client.policy import failures
 from weightsync_client.report import PushReport
 from weightsync_client.session import Session
+from weightsync_client.shadow import ShadowTransaction, lands_aside
 from weightsync_client.source import WeightSource
 from weightsync_client.trace import Mark
 from weightsync_client.transaction import Transaction, check_held
@@ -46,6 +47,7 @@ class Transfer:
         self._deadlines = attempt.settings.deadlines
         self._filled_at = 0.0
         self._marks: list[list[Mark]] = []
+        self._waits = attempt.settings.mode == "shadow" and lands_aside(session)
 
     def run(
         self,
@@ -86,7 +88,8 @@ class Transfer:
             lambda parts: self._commit_and_resume(parts, commit_s),
             kind=_Wrote, result=PushReport,
             work_s=write_s if attempt.roster.strict else 2 * write_s,
-            decide_s=commit_s + 2 * deadlines.resume_s + 3 * deadlines.grace_s,
+            decide_s=self._waits * (commit_s + deadlines.pause_s + 2 * deadlines.grace_s)
+            + commit_s + 2 * deadlines.resume_s + 3 * deadlines.grace_s,
         )  # fmt: skip
         self._drop([agent.url for agent in report.agents if not agent.ok])
         session.sent = attempt.version
@@ -104,7 +107,8 @@ class Transfer:
     def _pause_and_begin(self, parts: list[Digests]) -> list[str]:
         attempt, roster = self._attempt, self._attempt.roster
         before = roster.urls
-        attempt.transaction = transaction = Transaction(
+        kind = ShadowTransaction if self._waits else Transaction
+        attempt.transaction = transaction = kind(
             roster,
             self._session,
             {
@@ -118,8 +122,9 @@ class Transfer:
             reset_caches=attempt.settings.reset_caches,
             recorder=attempt.recorder,
         )
-        attempt.enter("pause")
-        transaction.pause()
+        if not self._waits:
+            attempt.enter("pause")
+            transaction.pause()
         attempt.held.used(attempt.version)
         attempt.enter("begin")
         transaction.begin()
@@ -159,6 +164,11 @@ class Transfer:
         self._marks = [part.marks for part in parts]
         attempt.roster.drop("write", failures([part.failed for part in parts]))
         nbytes = session.job.nbytes
+        if isinstance(transaction, ShadowTransaction):
+            attempt.enter("prepare")
+            transaction.prepare(timeout_s=commit_s)
+            attempt.enter("pause")
+            transaction.pause()
         attempt.enter("commit")
         transaction.commit(timeout_s=commit_s)
         attempt.enter("resume")

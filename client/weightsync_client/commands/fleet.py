@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 
 from weightsync.errors import WeightSyncError
-from weightsync.protocol import PauseRequest, ResumeRequest, StepResponse
+from weightsync.protocol import PauseRequest, ResumeRequest, RollbackRequest, StepResponse
 from weightsync_client.commands.common import (
     EXIT_NO,
     AsJson,
@@ -35,6 +35,13 @@ class Mode(StrEnum):
     keep = "keep"
     wait = "wait"
     abort = "abort"
+
+
+class PushModes(StrEnum):
+    """How pushes reach the engine's weights."""
+
+    direct = "direct"
+    shadow = "shadow"
 
 
 def ask_each(fleet: Fleet, call: Callable[[Agent], dict[str, Any]]) -> list[Answer]:
@@ -154,8 +161,37 @@ def resume(urls: Urls, token_file: TokenFile = None, as_json: AsJson = False) ->
     _step("resume", urls, token_file, as_json, lambda a: _post(a, "/resume", call, timeout_s))
 
 
+def rollback(
+    urls: Urls,
+    version: Annotated[
+        int | None,
+        typer.Option(min=1, help="The version to give up.  [default: whichever an engine has]"),
+    ] = None,
+    pause_mode: Annotated[Mode, typer.Option(help="What happens to running requests.")] = Mode.keep,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, max=86_400, help="Seconds for pause and exchange.")
+    ] = 120.0,
+    token_file: TokenFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Serve the version before the last push in shadow mode again; one step, until the next push.
+
+    Also mends an engine whose commit in shadow mode failed half way.
+
+    Exit status: 0 every engine serves its version before; 1 one was refused or failed; 2 bad
+    arguments; 4 an agent does not answer, or does not take the token.
+    """
+    request = RollbackRequest(version=version, mode=pause_mode.value, timeout_s=timeout)
+    # pause, exchange and resume follow each other
+    wait_s = 2 * timeout + Deadlines().resume_s
+    _step("rollback", urls, token_file, as_json, lambda a: _post(a, "/rollback", request, wait_s))
+
+
 def _post(
-    agent: Agent, path: str, request: PauseRequest | ResumeRequest, timeout_s: float
+    agent: Agent,
+    path: str,
+    request: PauseRequest | ResumeRequest | RollbackRequest,
+    timeout_s: float,
 ) -> dict[str, Any]:
     return agent.post(path, request, StepResponse, timeout_s=timeout_s).model_dump()
 

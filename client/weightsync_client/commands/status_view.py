@@ -21,6 +21,7 @@ _COLORS = {
     "ready": "green",
     "shadowing": "green",
     "paused": "yellow",
+    "shadowing": "green",
     "receiving": "cyan",
     "torn": "bold red",
 }

@@ -27,7 +27,7 @@ from weightsync_client.commands.common import (
     read_token,
     tls_of_command,
 )
-from weightsync_client.commands.fleet import Mode
+from weightsync_client.commands.fleet import Mode, PushModes
 from weightsync_client.control import Fleet
 from weightsync_client.explain import Explanation, Part, explain
 from weightsync_client.report import human_bytes
@@ -44,6 +44,10 @@ def push(
     version: Annotated[
         int | None, typer.Option(min=1, help="Newer than every engine's.  [default: the next]")
     ] = None,
+    mode: Annotated[
+        PushModes,
+        typer.Option(help="shadow: the engines serve while the weights are written beside theirs."),
+    ] = PushModes.direct,
     pause_mode: Annotated[Mode, typer.Option(help="What happens to running requests.")] = Mode.keep,
     max_slot_bytes: Annotated[
         int | None,
@@ -87,6 +91,7 @@ def push(
                 agents,
                 token=read_token(token_file) or "",
                 verify=tls_of_command(),
+                mode=mode.value,
                 pause_mode=pause_mode.value,
                 max_slot_bytes=max_slot_bytes,
                 check_finite=check_finite,

@@ -32,6 +32,7 @@ class TrainerLink:
         deadline: Of every wait.
         quantization: ``fp8``: of checkpoints and pushes.
         trace: File for the time line of the last push.
+        mode: Of every push.
     """
 
     def __init__(
@@ -45,9 +46,11 @@ class TrainerLink:
         deadline: Deadline,
         quantization: str = "none",
         trace: Path | None = None,
+        mode: str = "direct",
     ) -> None:
         command = [sys.executable, "-m", "weightsync_client.demo.trainer"]
         command += ["--folder", str(folder), "--device", device, "--quantization", quantization]
+        command += ["--mode", mode]
         for agent in agents:
             command += ["--agent", agent]
         if config_file is not None:

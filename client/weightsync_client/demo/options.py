@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from weightsync.errors import InputError
+from weightsync.protocol import PushMode
 from weightsync_client.trace import check_trace_file
 
 EngineKind = Literal["vllm", "torch"]
@@ -48,6 +49,8 @@ class DemoOptions(BaseModel):
     """Processes of the training job; more than one: FSDP2, each holds and pushes its shards."""
     quantization: Quantization = "none"
     """``fp8``: the engine serves fp8 blocks, the trainer keeps bfloat16 and quantises in a push."""
+    mode: PushMode = "direct"
+    """``shadow``: the engine serves while its new weights are written beside the old ones."""
     workdir: Path | None = None
     """Folder for checkpoints and logs, empty or new, that is kept; None: a temporary one."""
     keep: bool = False

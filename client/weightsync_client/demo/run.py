@@ -105,6 +105,7 @@ class _Demo:
             self._deadline,
             options.quantization,
             options.trace_file,
+            options.mode,
         )
         view.working("making a model with random weights")
         made = trainer.wait("made")

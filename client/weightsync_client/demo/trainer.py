@@ -81,7 +81,7 @@ def train(options: argparse.Namespace, lines: TextIO, out: Events) -> None:
         shard(model, mesh)
     out.send("made", **facts)
     spec = QuantizationSpec() if options.quantization == "fp8" else None
-    with Publisher(options.agent, progress=out, quantization=spec) as publisher:
+    with Publisher(options.agent, progress=out, quantization=spec, mode=options.mode) as publisher:
         for line in lines:
             command, *rest = line.split()
             if command == "push":
@@ -119,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quantization", default="none")
     parser.add_argument("--trace", type=Path)
+    parser.add_argument("--mode", default="direct")
     options = parser.parse_args(argv)
     options.rank = int(os.environ["RANK"])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
