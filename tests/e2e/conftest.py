@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +36,12 @@ def agent_options() -> Sequence[str]:
 
 
 @pytest.fixture(scope="module")
+def publisher_options() -> Mapping[str, Any]:
+    """A module's own options of its trainer."""
+    return {}
+
+
+@pytest.fixture(scope="module")
 def deadlines() -> Deadlines:
     """A module's own deadlines of its trainer."""
     return QUICK
@@ -46,10 +53,11 @@ def _stack(
     engine: Daemon,
     agent_options: Sequence[str],
     deadlines: Deadlines,
+    publisher_options: Mapping[str, Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("stack")
-    stack = Stack(checkpoint, folder, engine, agent_options, deadlines)
+    stack = Stack(checkpoint, folder, engine, agent_options, deadlines, publisher_options)
     try:
         yield stack
     finally:

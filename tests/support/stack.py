@@ -166,6 +166,7 @@ class Stack:
         folder: For logs and checkpoints.
         engine: Runs the whole time.
         agent_options: Further options of the agent.
+        publisher_options: Further options of the trainer's own publisher.
     """
 
     checkpoint: Path
@@ -173,6 +174,7 @@ class Stack:
     engine: Daemon
     agent_options: Sequence[str] = ()
     deadlines: Deadlines = QUICK
+    publisher_options: Mapping[str, Any] = field(default_factory=dict)
     agent: Daemon = field(init=False)
     progress: AtPhase = field(init=False, default_factory=AtPhase)
     publisher: Publisher = field(init=False)
@@ -184,7 +186,7 @@ class Stack:
         self.agent = new_agent(
             self.engine.url, self.folder / "agent.log", token_file, *self.agent_options
         )
-        self.publisher = self.new_publisher(progress=self.progress)
+        self.publisher = self.new_publisher(progress=self.progress, **self.publisher_options)
         self._http = httpx.Client(
             base_url=self.agent.url,
             headers={"Authorization": f"Bearer {TOKEN}"},

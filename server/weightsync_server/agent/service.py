@@ -201,7 +201,9 @@ class Service:
             JournalError: It is not in the journal; nothing changed.
         """
         state, effects = step(self.state, work.event)
-        pauses = Effect.PAUSE in effects and work.push_id is not None
+        # of a push in shadow mode it was written down at its begin: not while requests wait
+        begun = self.state.phase == "shadowing"
+        pauses = Effect.PAUSE in effects and work.push_id is not None and not begun
         if pauses or Effect.OPEN in effects or Effect.BEGIN in effects:
             # whose pause it is has to be known even if nobody is left to hear that it worked
             intended = replace(state, owner=state.owner or work.push_id)
