@@ -47,6 +47,7 @@ def asked_all_the_while(stack: Stack) -> Iterator[list[dict[str, Any]]]:
 
 
 def test_the_engine_answers_until_the_commit_and_then_equals_a_fresh_load(stack: Stack) -> None:
+    stack.push()
     held = stack.held()
     weights = stack.weights()
     seen: dict[str, Any] = {}
