@@ -21,7 +21,6 @@ _COLORS = {
     "ready": "green",
     "shadowing": "green",
     "paused": "yellow",
-    "shadowing": "green",
     "receiving": "cyan",
     "torn": "bold red",
 }
