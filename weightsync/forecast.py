@@ -80,6 +80,7 @@ def forecast(
     *,
     nic_gbps: float = 400.0,
     fill_nbytes_per_s: float = FILL_NBYTES_PER_S,
+    write_s: float = WRITE_S,
     max_slot_nbytes: int | None = None,
 ) -> Forecast:
     """The figures of a proven job.
@@ -90,6 +91,7 @@ def forecast(
         ranks: Ranks of the trainer.
         nic_gbps: Gigabits a second of the one NIC that each rank and each worker has.
         fill_nbytes_per_s: Bytes of slot memory that a rank fills in a second.
+        write_s: Seconds that one write costs beside its bytes.
         max_slot_nbytes: Bound of a rank's slot memory.
 
     Raises:
@@ -117,7 +119,7 @@ def forecast(
     refill_s = np.maximum(packed - 2 * each, 0) / fill_nbytes_per_s
     received = np.array([_received(layout) for layout in layouts], dtype=np.int64)
     rate = nic_gbps * 1e9 / 8
-    post_s = np.maximum(sent / rate + writes * WRITE_S, refill_s)
+    post_s = np.maximum(sent / rate + writes * write_s, refill_s)
     wire_s = max(float(post_s.max(initial=0.0)), float(received.max()) / rate)
     return Forecast(
         slots=int(pieces.sum()),

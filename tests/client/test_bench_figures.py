@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from weightsync.errors import EngineError
 from weightsync_client.bench import models
 from weightsync_client.bench.figures import Figures, Target, run_rounds
-from weightsync_client.bench.loopback import judge
+from weightsync_client.bench.loopback import descriptor_seconds, judge
 from weightsync_client.bench.plot import draw
 from weightsync_client.bench.view import markdown, tables
 from weightsync_client.cli import app
@@ -159,3 +159,25 @@ def test_every_kind_of_figures_is_drawn(tmp_path: Path) -> None:
     path = tmp_path / "out.png"
     draw(figures.to_dict(), path)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_descriptor_costs_what_many_take_longer_than_few() -> None:
+    sweep = [
+        {"nbytes": 1, "count": 1000, "seconds": 3.0},
+        {"nbytes": 10, "count": 100, "seconds": 9.0},
+        *({"nbytes": 1000 // n, "count": n, "seconds": 1.0} for n in (10, 1)),
+    ]
+    assert descriptor_seconds(sweep) == pytest.approx(2e-3)
+    assert descriptor_seconds([{"nbytes": 9, "count": 1, "seconds": 1.0}]) == 0
+
+
+def test_a_prediction_is_met_within_a_fifth_either_way() -> None:
+    figures = measured({"write": [1.0]})
+    figures.predicted = [
+        {"what": what, "predicted": predicted, "measured": 1.0}
+        for what, predicted in (("low", 0.79), ("near", 0.81), ("above", 1.24), ("high", 1.26))
+    ]
+    judge(figures)
+    told = {t.what.partition(",")[0]: t.met for t in figures.targets if "predicted" in t.what}
+    assert told == {"low": False, "near": True, "above": True, "high": False}
+    assert "| low | 790.0 ms | 1.00 s |" in markdown(figures.to_dict())

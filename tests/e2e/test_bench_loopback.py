@@ -54,7 +54,9 @@ def left_behind(folder: Path) -> list[str]:
 
 def test_json_has_every_phase_and_ratio_computed_from_the_medians(environ, tmp_path: Path) -> None:
     in_memory = set(Path("/dev/shm").glob("weightsync-bench-*"))
-    done = bench(environ, "loopback", "--nbytes", "4000000", "--rounds", "3", "--json")
+    done = bench(
+        environ, "loopback", "--nbytes", "4000000", "--rounds", "3", "--small-pushes", "4", "--json"
+    )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert done.stdout.count("\n") == 1
@@ -72,7 +74,13 @@ def test_json_has_every_phase_and_ratio_computed_from_the_medians(environ, tmp_p
         # the same bytes: the ratio of the rates is that of the seconds, turned round
         expected = seconds[theirs]["median"] / seconds[ours]["median"]
         assert said["ratios"][name] == pytest.approx(expected)
-    assert [target["met"] is not None for target in said["targets"]] == [True] * 5
+    assert [target["met"] is not None for target in said["targets"]] == [True] * 9
+    assert [row["what"] for row in said["predicted"]] == ["fill", "write"]
+    assert all(row["predicted"] > 0 and row["measured"] > 0 for row in said["predicted"])
+    cpu = said["cpu"]
+    assert cpu["tensors"] == 399
+    assert 0 < cpu["python_s_per_push"] < 1
+    assert 0 < cpu["write_cpu_s_per_s"] < 1.5
     sizes = [row["nbytes"] for row in said["descriptors"]]
     assert sizes == sorted(sizes)
     assert [row["count"] for row in said["descriptors"]][-1] == 1

@@ -53,12 +53,18 @@ class Baselines:
         self._source.ask("connect_raw", timeout_s=_CALL_S, **facts)
         self._nbytes = nbytes
 
-    def write_raw(self) -> float:
-        """Seconds of one write of all bytes in one descriptor."""
-        return self._write(self._nbytes, self._nbytes, 1)
+    def write_raw(self, *, sleeping: bool = False) -> float:
+        """Seconds of one write of all bytes in one descriptor.
+
+        ``sleeping``: it waits as a push does; a loop that polls takes the core that the other end
+        may need.
+        """
+        return self._write(self._nbytes, self._nbytes, 1, sleeping=sleeping)
 
     def sweep(self, most_nbytes: int, repeats: int) -> list[dict[str, Any]]:
         """The rate against the size of a descriptor: seconds of the same bytes in pieces.
+
+        It waits as a push does: a loop that polls takes the core that the other end needs.
 
         Args:
             most_nbytes: How much is written each time, at most.
@@ -98,13 +104,15 @@ class Baselines:
             part.finish()
 
     def _row(self, nbytes: int, piece: int, repeats: int) -> dict[str, Any]:
-        seconds = self._write(nbytes, piece, repeats)
+        seconds = self._write(nbytes, piece, repeats, sleeping=True)
         count = -(-nbytes // piece)
         rate = nbytes / seconds / 1e9
         return {"nbytes": piece, "count": count, "seconds": seconds, "gbytes_per_s": rate}
 
-    def _write(self, nbytes: int, piece: int, repeats: int) -> float:
-        facts = {"nbytes": nbytes, "piece_nbytes": piece, "repeats": repeats}
+    def _write(self, nbytes: int, piece: int, repeats: int, *, sleeping: bool = False) -> float:
+        facts = {
+            "nbytes": nbytes, "piece_nbytes": piece, "repeats": repeats, "sleeping": sleeping
+        }  # fmt: skip
         return float(self._source.ask("write_raw", timeout_s=_CALL_S, **facts)["seconds"])
 
     def _both(self, command: str, timeout_s: float, **facts: Any) -> list[dict[str, Any]]:

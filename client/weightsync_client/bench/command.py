@@ -52,6 +52,9 @@ def loopback(
     rounds: Rounds = _LOOPBACK.rounds,
     warmup: Warmup = _LOOPBACK.warmup,
     timeout: Timeout = _LOOPBACK.timeout_s,
+    small_pushes: Annotated[
+        int, typer.Option(help="Pushes of many small tensors, for what Python costs; 0: none.")
+    ] = _LOOPBACK.small_pushes,
     as_json: Json = False,
     as_markdown: Markdown = False,
     plot: Plot = None,
@@ -66,8 +69,9 @@ def loopback(
     with _told(as_json or as_markdown) as told, _failing("loopback"):
         _check_plot(plot)
         options = _options(
-            LoopbackOptions, nbytes=nbytes, rounds=rounds, warmup=warmup, timeout_s=timeout
-        )
+            LoopbackOptions, nbytes=nbytes, rounds=rounds, warmup=warmup, timeout_s=timeout,
+            small_pushes=small_pushes,
+        )  # fmt: skip
         with _folder() as folder:
             figures = run_loopback(options, folder, shared_environ(os.environ), told)
     _show(figures.to_dict(), as_json=as_json, as_markdown=as_markdown, plot=plot)

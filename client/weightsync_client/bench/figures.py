@@ -84,6 +84,8 @@ class Figures:
         series: Seconds by name.
         ratios: Rate of ours / rate of theirs, above 1 is faster; None where one side is missing.
         targets: What is wanted of them.
+        predicted: What the model of cost says, beside what was measured: rows of ``what``,
+            ``predicted`` and ``measured`` seconds.
         descriptors: Seconds of the same bytes in pieces: rows of ``nbytes`` each, ``count``.
         failed: Why a case has no figures, by case.
         notes: What a reader must know to judge the figures.
@@ -94,6 +96,7 @@ class Figures:
     series: dict[str, Series] = field(default_factory=dict)
     ratios: dict[str, float | None] = field(default_factory=dict)
     targets: list[Target] = field(default_factory=list)
+    predicted: list[dict[str, Any]] = field(default_factory=list)
     descriptors: list[dict[str, Any]] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -128,6 +131,7 @@ class Figures:
             "seconds": {name: series.to_dict() for name, series in self.series.items()},
             "ratios": self.ratios,
             "targets": [target.to_dict() for target in self.targets],
+            "predicted": self.predicted,
             "descriptors": self.descriptors,
             "failed": self.failed,
             "notes": self.notes,

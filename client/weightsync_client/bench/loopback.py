@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +27,8 @@ _START_S = 120.0
 _CALL_S = 60.0
 _PUSH_S = 180.0
 _SWEEP_REPEATS = 3
+#: so few descriptors cost nothing beside their bytes
+_FEW = 64
 _MEMORY = Path("/dev/shm")  # noqa: S108  a fresh folder in it
 
 
@@ -42,6 +45,8 @@ class LoopbackOptions(BaseModel):
     """Rounds before them.  The first push makes the rendezvous."""
     timeout_s: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] = 300.0
     """Seconds for the whole benchmark (WS-6)."""
+    small_pushes: Annotated[int, Field(ge=0, le=1000)] = 40
+    """Pushes of as many tensors as an 8B model has, all small, for what Python costs; 0: none."""
 
 
 def run_loopback(
@@ -122,9 +127,13 @@ class _Loopback:
         figures.facts["engine"] = engine.wait_ready()
         cases: dict[str, Case] = {"push": lambda: push_seconds(trainer, engine)}
         if self._works("raw_nixl_write", lambda: baselines.open_raw(nbytes)):
-            cases["raw_nixl_write"] = lambda: {"raw_nixl_write": baselines.write_raw()}
+            cases["raw_nixl_write"] = lambda: {
+                "raw_nixl_write": baselines.write_raw(),
+                "raw_nixl_write_sleeping": baselines.write_raw(sleeping=True),
+            }
         if self._works("gloo_broadcast", lambda: baselines.join("gloo", made["shapes"])):
             cases["gloo_broadcast"] = lambda: {"gloo_broadcast": baselines.broadcast()}
+        cases["scan"] = lambda: trainer.ask("scan", timeout_s=_CALL_S, nbytes=nbytes)
         cases["safetensors"] = lambda: self._save_and_reload(trainer, reload)
         run_rounds(
             figures,
@@ -138,16 +147,24 @@ class _Loopback:
         if "raw_nixl_write" not in figures.failed:
             self._told("writes in pieces of several sizes")
             self._works("descriptors", lambda: self._sweep(baselines))
+        if figures.descriptors:
+            self._works("prediction", lambda: self._predict(trainer))
         figures.notes.append(
             "The file of the safetensors baseline lies in memory: no disk slows it."
             if self._scratch != self._folder
             else f"The file of the safetensors baseline lies in {self._scratch.parent}."
         )
-        judge(figures)
         for part in (trainer, reload):
             part.finish()
         baselines.finish()
         engine.stop()
+        write_s, cpu_s = figures.median("write"), figures.median("trainer_cpu_write")
+        if write_s and cpu_s is not None:
+            figures.facts["cpu"] = {"write_cpu_s_per_s": cpu_s / write_s}
+        if options.small_pushes:
+            self._told("many small tensors")
+            self._works("python", self._python)
+        judge(figures)
         return figures
 
     def _start(self, name: str, module: str, *arguments: str) -> Part:
@@ -166,6 +183,46 @@ class _Loopback:
     def _sweep(self, baselines: Baselines) -> None:
         self._figures.descriptors = baselines.sweep(self._options.nbytes, _SWEEP_REPEATS)
 
+    def _predict(self, trainer: Part) -> None:
+        """What ``weightsync plan`` would have said, at rates of this very run."""
+        series = self._figures.series
+        said = trainer.ask(
+            "forecast", timeout_s=_CALL_S,
+            nic_gbps=series["raw_nixl_write_sleeping"].rate * 8 / 1e9,
+            write_s=descriptor_seconds(self._figures.descriptors),
+            fill_nbytes_per_s=series["scan"].rate,
+        )  # fmt: skip
+        self._figures.predicted = [
+            {"what": phase, "predicted": said[key], "measured": self._figures.median(phase)}
+            for phase, key in (("fill", "fill_s"), ("write", "wire_s"))
+        ]
+
+    def _python(self) -> None:
+        """CPU seconds of the pushing thread where there are hardly bytes to move."""
+        config = models.shrunk(models.qwen3_8b(), layers=36)
+        config_file = models.write_config(self._folder / "small-config", config)
+        model, count = self._folder / "small", self._options.small_pushes
+        trainer = self._start(
+            "small trainer", "weightsync_client.bench.trainer", str(config_file), "cpu"
+        )
+        made = trainer.ask("make", timeout_s=_START_S, checkpoint=str(model))
+        kind = DemoOptions(engine="torch")
+        engine = Engine("small", kind, model, self._processes, self._deadline)
+        engine.wait_ready()
+        seconds = [push_seconds(trainer, engine)["trainer_cpu_thread"] for _ in range(count + 2)]
+        trainer.finish()
+        engine.stop()
+        seconds = seconds[2:]  # the first makes the rendezvous
+        part = max(count // 4, 1)
+        self._figures.facts.setdefault("cpu", {}).update(
+            tensors=len(made["names"]),
+            python_s_per_push=statistics.median(seconds),
+            first=f"1 to {part}",
+            python_s_first=statistics.median(seconds[:part]),
+            last=f"{count - part + 1} to {count}",
+            python_s_last=statistics.median(seconds[-part:]),
+        )
+
     def _save_and_reload(self, trainer: Part, reload: Part) -> dict[str, float]:
         path = str(self._scratch / "pushed.safetensors")
         saved = trainer.ask("save", timeout_s=_CALL_S, path=path)
@@ -176,7 +233,8 @@ class _Loopback:
 
 #: series whose rate means something
 BYTES_MOVED = (
-    "push", "paused", "write", "fill", "commit", "raw_nixl_write", "gloo_broadcast",
+    "push", "paused", "write", "fill", "commit", "raw_nixl_write", "raw_nixl_write_sleeping",
+    "scan", "gloo_broadcast",
     "safetensors_save", "safetensors_reload", "safetensors_save_and_reload",
 )  # fmt: skip
 
@@ -194,6 +252,7 @@ def report_seconds(report: Mapping[str, Any]) -> dict[str, float]:
         "paused": report["paused_s"],
         **{phase: report[f"{phase}_s"] for phase in PHASES if phase != "rendezvous"},
         **{f"commit_{part}": s for part, s in slowest_parts(report).items()},
+        "trainer_cpu_write": report["cpu_write_s"],
         "trainer_cpu_thread": report["cpu_thread_s"],
         "trainer_cpu_process": report["cpu_process_s"],
     }
@@ -207,6 +266,13 @@ def slowest_parts(report: Mapping[str, Any]) -> dict[str, float]:
             name = part.removesuffix("_s")
             parts[name] = max(parts.get(name, 0.0), seconds)
     return parts
+
+
+def descriptor_seconds(sweep: Sequence[Mapping[str, Any]]) -> float:
+    """What one descriptor costs beside its bytes, of the same bytes in many and in few."""
+    few_s = statistics.median(row["seconds"] for row in sweep if row["count"] <= _FEW)
+    most = max(sweep, key=lambda row: row["count"])
+    return max(float(most["seconds"] - few_s) / float(most["count"]), 0.0)
 
 
 def judge(figures: Figures) -> None:
@@ -225,3 +291,20 @@ def judge(figures: Figures) -> None:
             ratio = figures.set_ratio(f"{ours}_vs_{short}", ours, series)
             figures.targets.append(Target(f"{name}, of {text}", goal, ratio))
     figures.set_ratio("paused_vs_gloo_broadcast", "paused", "gloo_broadcast")
+    for row in figures.predicted:
+        low, high = sorted((row["predicted"], row["measured"]))
+        figures.targets.append(
+            Target(f"{row['what']}, predicted and measured, lower / higher", 0.8, low / high)
+        )
+    cpu = figures.facts.get("cpu", {})
+    if "python_s_per_push" in cpu:
+        figures.targets += [
+            Target(
+                f"Python a push of {cpu['tensors']} tensors", 5e-3, cpu["python_s_per_push"], "s"
+            ),
+            Target(
+                "Python a push, of the first and of the last, lower / higher", 0.8,
+                min(cpu["python_s_first"], cpu["python_s_last"])
+                / max(cpu["python_s_first"], cpu["python_s_last"]),
+            ),
+        ]  # fmt: skip

@@ -48,9 +48,11 @@ class Pair:
         self._opened().connect(metadata, addr)
         return {}
 
-    def write_raw(self, nbytes: int, piece_nbytes: int, repeats: int = 1) -> dict[str, float]:
+    def write_raw(
+        self, nbytes: int, piece_nbytes: int, repeats: int = 1, *, sleeping: bool = False
+    ) -> dict[str, float]:
         """Median seconds of writing that many bytes in pieces."""
-        seconds = self._opened().write(nbytes, piece_nbytes, repeats)
+        seconds = self._opened().write(nbytes, piece_nbytes, repeats, sleeping=sleeping)
         return {"seconds": statistics.median(seconds)}
 
     def join(self, backend: str, port: int, shapes: Sequence[Sequence[int]]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from weightsync.transport.nixl_errors import is_done, translated
 
 _WRITE_S = 60.0
 _PROGRESS_US = 10_000
+_SLEEP_S = 50e-6
 
 
 class RawNixl:
@@ -62,8 +63,10 @@ class RawNixl:
             self._peer = self._agent.loadRemoteMD(base64.b64decode(metadata)).decode()
         self._remote_addr = addr
 
-    def write(self, nbytes: int, piece_nbytes: int, repeats: int) -> list[float]:
+    def write(self, nbytes: int, piece_nbytes: int, repeats: int, *, sleeping: bool) -> list[float]:
         """Seconds, from post to completion, of writing ``nbytes`` in pieces, each time.
+
+        ``sleeping``: it waits as a push does, and leaves its core to the other end meanwhile.
 
         Raises:
             TransportError: NIXL refuses.
@@ -85,16 +88,18 @@ class RawNixl:
         with translated("a raw write", peer):
             handle = agent.createXferReq(nixl.NIXL_WRITE, here, there, peer, b"", [])
             try:
-                return [self._post(handle) for _ in range(repeats)]
+                return [self._post(handle, sleeping) for _ in range(repeats)]
             finally:
                 agent.releaseXferReq(handle)
 
-    def _post(self, handle: Any) -> float:
+    def _post(self, handle: Any, sleeping: bool) -> float:
         started = time.perf_counter()
         done = is_done(self._agent.postXferReq(handle, b"").name, self._peer)
         while not done:
             if time.perf_counter() - started > _WRITE_S:
                 raise DeadlineError(f"a raw write took longer than {_WRITE_S:g} s")
+            if sleeping:
+                time.sleep(_SLEEP_S)
             done = is_done(self._agent.getXferStatus(handle).name, self._peer)
         return time.perf_counter() - started
 

@@ -17,10 +17,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from weightsync.errors import InputError
+from weightsync.digest import scan
+from weightsync.errors import InputError, NoSessionError
+from weightsync.forecast import forecast
 from weightsync.lines import serve
+from weightsync.plan import Job
 from weightsync_client.demo.fp8 import quantize_checkpoint
 from weightsync_client.demo.sharded import join, own_device, shard
+from weightsync_client.progress import NoProgress
 from weightsync_client.publisher import Publisher
 from weightsync_client.quantization import QuantizationSpec
 from weightsync_client.quantized import QuantizedSource
@@ -30,14 +34,32 @@ _BLOCKING_SYNC = 4
 _COPY_REPEATS = 5
 
 
+class _CpuClock(NoProgress):
+    """CPU seconds of the pushing thread, by phase of the last push."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._at = 0.0
+
+    def started(self, phase: str, version: int) -> None:
+        """The clock starts."""
+        self._at = time.thread_time()
+
+    def ended(self, phase: str, version: int, push_id: str, seconds: float, nbytes: int) -> None:
+        """The clock stops."""
+        self.seconds[phase] = time.thread_time() - self._at
+
+
 class Trainer:
-    """Answers ``make``, ``push``, ``copy``, ``save`` and ``close``."""
+    """Answers ``make``, ``push``, ``copy``, ``scan``, ``forecast``, ``save`` and ``close``."""
 
     def __init__(self, config_file: str, device: str) -> None:
         self._config_file = config_file
         self._device = device
         self._model: Any = None
         self._publisher: Publisher | None = None
+        self._clock = _CpuClock()
+        self._scanned: torch.Tensor | None = None
         self._quantization: QuantizationSpec | None = None
 
     def make(
@@ -83,13 +105,16 @@ class Trainer:
     def push(self, agents: Sequence[str]) -> dict[str, Any]:
         """Change every weight and push; the report, and the CPU seconds that the push took."""
         if self._publisher is None:
-            self._publisher = Publisher(agents, progress="off", quantization=self._quantization)
+            self._publisher = Publisher(
+                agents, progress=self._clock, quantization=self._quantization
+            )
         torch._foreach_neg_(list(self._model.parameters()))
         self._synchronize()
         process_s, thread_s = time.process_time(), time.thread_time()
         report = self._publisher.push(self._model)
         return {
             **report.to_dict(),
+            "cpu_write_s": self._clock.seconds.get("write", 0.0),
             "cpu_thread_s": time.thread_time() - thread_s,
             "cpu_process_s": time.process_time() - process_s,
         }
@@ -105,6 +130,32 @@ class Trainer:
             self._synchronize()
             seconds.append(time.perf_counter() - started)
         return {"copy": statistics.median(seconds)}
+
+    def scan(self, nbytes: int) -> dict[str, float]:
+        """Check and digest that many bytes of bfloat16, of which none is near: ``scan`` seconds."""
+        if self._scanned is None or self._scanned.nbytes != nbytes // 2 * 2:
+            self._scanned = torch.ones(nbytes // 2, dtype=torch.bfloat16, device=self._device)
+        self._synchronize()
+        started = time.perf_counter()
+        scan([self._scanned.view(torch.uint8)], [self._scanned.dtype])
+        return {"scan": time.perf_counter() - started}
+
+    def forecast(self, nic_gbps: float, write_s: float, fill_nbytes_per_s: float) -> dict[str, Any]:
+        """What ``weightsync plan`` would say of the pushes that were made, at these rates.
+
+        Raises:
+            NoSessionError: There was none.
+        """
+        session = None if self._publisher is None else self._publisher._held.session  # noqa: SLF001
+        if session is None:
+            raise NoSessionError("nothing was pushed", hint="push first")
+        layouts = session._layouts  # noqa: SLF001
+        job = Job.of(session.manifest, layouts, allow_skipped=["*"])
+        job.prove()
+        return forecast(
+            job, layouts, 1, nic_gbps=nic_gbps, write_s=write_s,
+            fill_nbytes_per_s=fill_nbytes_per_s,
+        ).to_dict()  # fmt: skip
 
     def save(self, path: str) -> dict[str, float]:
         """Write the weights as one safetensors file; ``safetensors_save`` seconds."""
@@ -152,6 +203,8 @@ def main(argv: Sequence[str]) -> int:
             "make": trainer.make,
             "push": trainer.push,
             "copy": trainer.copy,
+            "scan": trainer.scan,
+            "forecast": trainer.forecast,
             "save": trainer.save,
             "close": trainer.close,
         }

@@ -31,9 +31,12 @@ def sheets(answer: Mapping[str, Any]) -> Iterator[Sheet]:
         Sheet("Targets", ("what", "target", "measured", "met"), list(_targets(answer))),
         Sheet("Seconds", ("what", "median", "lowest", "highest", "rate"), list(_seconds(answer))),
         Sheet("Ratios", ("ours / theirs", "of the rates"), list(_ratios(answer))),
+        Sheet("Predicted", ("what", "predicted", "measured"), list(_predicted(answer))),
+        Sheet("CPU of the trainer", ("what", "figure"), list(_cpu(answer))),
         Sheet("Planning", _PLAN_HEADS, list(_sizes(answer))),
         Sheet(
-            "One raw NIXL write, in pieces", ("piece", "pieces", "seconds", "rate"),
+            "One raw NIXL write, in pieces, waiting as a push does",
+            ("piece", "pieces", "seconds", "rate"),
             list(_descriptors(answer)),
         ),
         Sheet("Not measured", ("what", "why"), list(_failed(answer))),
@@ -105,6 +108,21 @@ def _seconds(answer: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
             human_seconds(series["high"]),
             f"{rate:.2f} GB/s" if rate else "",
         )
+
+
+def _predicted(answer: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    for row in answer.get("predicted", ()):
+        yield row["what"], human_seconds(row["predicted"]), human_seconds(row["measured"])
+
+
+def _cpu(answer: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    cpu = answer.get("cpu", {})
+    if "write_cpu_s_per_s" in cpu:
+        yield "CPU seconds a second of writing, pushing thread", f"{cpu['write_cpu_s_per_s']:.2f}"
+    if "python_s_per_push" in cpu:
+        what = f"Python a push, {cpu['tensors']} tensors of a few kilobytes"
+        yield f"{what}, pushes {cpu['first']}", human_seconds(cpu["python_s_first"])
+        yield f"{what}, pushes {cpu['last']}", human_seconds(cpu["python_s_last"])
 
 
 def _ratios(answer: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
