@@ -14,11 +14,23 @@ from weightsync.protocol import PROTOCOL_VERSION
 from weightsync_client import control
 from weightsync_client.settings import Deadlines
 from weightsync_server import middleware
+from weightsync_server.agent.app import Agent
+from weightsync_server.agent.auth import REPLY_PATH
+from weightsync_server.agent.settings import AgentSettings
 from weightsync_server.secret import HEADER
 
 LIMIT = 100_000
 UNPACKED = 1_000_000
 BOMB = pack("x" * (4 * UNPACKED))
+CALLS = [
+    path
+    for path, calls in Agent(
+        AgentSettings(engine_url="http://127.0.0.1:9"), "a-secret-for-the-tests"
+    )
+    .app.openapi()["paths"]
+    .items()
+    if "post" in calls
+]
 
 
 @pytest.fixture
@@ -31,13 +43,9 @@ async def endless():
         yield b" " * 65_536
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["/attach", "/pause", "/resume", "/init_transfer", "/connect", "/begin_update",
-     "/commit_update", "/abort_update", "/verify", "/internal/reply"],
-)  # fmt: skip
+@pytest.mark.parametrize("path", [*CALLS, REPLY_PATH])
 async def test_no_call_takes_a_body_over_the_limit_told_or_untold(small, fakes, path):
-    headers = {HEADER: fakes.SECRET} if path == "/internal/reply" else {}
+    headers = {HEADER: fakes.SECRET} if path == REPLY_PATH else {}
     for content in (b" " * (LIMIT + 1), endless()):
         answer = await small.http.post(path, content=content, headers=headers)
         assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
