@@ -30,6 +30,7 @@ from weightsync.errors import (
 )
 from weightsync.protocol import SESSION_SECRET_HEADER, Message
 from weightsync_client.settings import Deadlines
+from weightsync_client.threads import DaemonPool
 from weightsync_client.tls import tls_hint
 
 T = TypeVar("T")
@@ -251,7 +252,7 @@ class Fleet:
             verify=verify,
             transport=transport,
         )
-        self._threads = cf.ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="weightsync")
+        self._threads = DaemonPool(MAX_THREADS, "weightsync")
         self.use(checked)
 
     def use(self, urls: Sequence[str]) -> None:
@@ -301,7 +302,7 @@ class Fleet:
 
     def close(self) -> None:
         """End all connections.  Safe to call twice."""
-        self._threads.shutdown(wait=False)
+        self._threads.close()
         self._http.close()
 
     def __enter__(self) -> Fleet:

@@ -247,3 +247,52 @@ def push_grid(url: str, name: str, trainer: str, told: dict[str, Any]) -> list[i
             publisher.push(GridSource(name, trainer, dist.get_rank(), seed)).version
             for seed in (1, 2)
         ]
+
+
+def push_fleet(urls: list[str]) -> list[Any]:
+    """Warm up, check, push, catch the second agent up, push again: what each told."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    with Publisher(urls, policy="available", progress="off", deadlines=DEADLINES) as publisher:
+
+        def weights(turn: int) -> dict[str, torch.Tensor]:
+            named = [*range(rank, 8, ranks), 9]  # w9 is on all ranks
+            return {f"w{k}": torch.full((64, 8), float(10 * turn + k)) for k in named}
+
+        warm = publisher.warmup(weights(0))
+        told = [[a.ok for a in warm.agents], len(warm.slowest)]
+        told.append([a.ok for a in publisher.check()])
+        report = publisher.push(weights(1))
+        told.append([(a.ok, a.phase, a.code) for a in report.agents])
+        told.append((report.rendezvous_s, publisher.catch_up(urls[1]).version))
+        report = publisher.push(weights(2))
+        told.append((report.rendezvous_s, report.version, [a.ok for a in report.agents]))
+        return told
+
+
+def end_in_push(url: str, how: str, culprit: int) -> list[Any]:
+    """One rank gets a signal while it writes, as a scheduler sends it; all tell what they saw."""
+    rank = dist.get_rank()
+    number = {"ctrl-c": signal.SIGINT, "sigterm": signal.SIGTERM}[how]
+
+    def leave(*_: object) -> None:
+        raise KeyboardInterrupt if how == "ctrl-c" else SystemExit(143)
+
+    signal.signal(number, leave)
+    told: list[Any] = []
+    with Publisher([url], progress="off", deadlines=DEADLINES) as publisher:
+        for turn in range(3):
+            weights = {f"w{rank}": torch.full((4, 4), float(turn))}
+            if turn == 1 and rank == culprit:
+                session = publisher._held.session
+                write = session._peers.write  # type: ignore[union-attr]
+
+                def struck(*args: Any, write: Any = write, **kwargs: Any) -> Any:
+                    os.kill(os.getpid(), number)
+                    return write(*args, **kwargs)
+
+                session._peers.write = struck  # type: ignore[union-attr,method-assign]
+            try:
+                told.append(publisher.push(weights).version)
+            except BaseException as error:
+                told.append(type(error).__name__)
+    return told

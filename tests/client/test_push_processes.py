@@ -12,7 +12,9 @@ import scenarios
 import torch
 from pool import Pool
 from reference import Agent
+from test_push_failures import refuse
 
+from weightsync.errors import VerifyError
 from weightsync.transport.base import Transport
 from weightsync_client import ModuleSource
 
@@ -184,3 +186,34 @@ def test_a_stopped_rank_is_named_to_all_others_within_the_bound(
             assert "rank 1 of the training job did not report in" in text
             assert seconds < 2 * scenarios.DEADLINES.ranks_s
     assert nixl_agent.generating
+
+
+def test_a_fleet_of_two_is_warmed_up_loses_one_and_catches_it_up(
+    make_agent: Callable[..., Agent], pool_of: Callable[[int], Pool]
+) -> None:
+    good, bad = (make_agent(n_workers=2, make_transport=nixl) for _ in range(2))
+    bad.before["/commit_update"] = refuse(VerifyError("digests differ", hint="look"))
+    results = pool_of(2).run(scenarios.push_fleet, [good.url, bad.url])
+    assert results[0] == results[1] == [
+        [True, True], 2, [True, True],
+        [(True, "", ""), (False, "commit", "verify_failed")],
+        (0, 1), (0, 2, [True, True]),
+    ]  # fmt: skip
+    assert [a.calls.count("/init_transfer") for a in (good, bad)] == [1, 2]
+    for agent in (good, bad):
+        for worker in agent.workers:
+            for k in (*range(8), 9):
+                landed = worker.tensor(f"w{k}", torch.float32, (64, 8))
+                assert torch.equal(landed, torch.full((64, 8), 20.0 + k))
+
+
+@pytest.mark.parametrize(("how", "culprit"), [("ctrl-c", 0), ("sigterm", 1)])
+def test_a_signal_to_one_rank_in_its_write_aborts_and_the_next_push_repairs(
+    how: str, culprit: int, nixl_agent: Agent, pool_of: Callable[[int], Pool]
+) -> None:
+    results = pool_of(2).run(scenarios.end_in_push, nixl_agent.url, how, culprit)
+    own = {"ctrl-c": "KeyboardInterrupt", "sigterm": "SystemExit"}[how]
+    for rank, told in enumerate(results):
+        assert told == [1, own if rank == culprit else "RankFailedError", 3]
+    assert nixl_agent.generating
+    assert nixl_agent.calls.count("/abort_update") == 1
