@@ -14,6 +14,7 @@ WeightSyncError                     the root; never raised itself
 │   ├── EnginePausedError           the engine was paused by hand
 │   ├── EngineSyncingError          the engine waits for its first whole push
 │   ├── EngineTornError             the engine holds weights that are not whole
+│   ├── FencePendingError           a writer of an ended push might still write
 │   ├── JournalError                the agent cannot write its journal
 │   ├── PushInProgressError         another push holds the engine
 │   ├── NoSessionError              push without a rendezvous
@@ -167,6 +168,12 @@ class EngineTornError(StateError):
     """The engine holds weights that are not whole."""
 
     code = "engine_torn"
+
+
+class FencePendingError(StateError):
+    """A process that took part in a push that ended badly lives, and might still write."""
+
+    code = "fence_pending"
 
 
 class JournalError(StateError):

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from weightsync.manifest import Manifest, TensorSpec
+from weightsync.process import Writer
 
 PROTOCOL_VERSION = 1
 #: what a trainer proves with that a session is its own; see weightsync_server.agent.session_guard
@@ -118,12 +119,13 @@ class RankOffer(Message):
 
     ``writes[w]`` is, for worker ``w`` of the init_transfer answer, a packed
     ``list[tuple[int, int, int]]`` of (region, offset, nbytes): what this rank will write there.
-    An empty string: it writes nothing there.
+    An empty string: it writes nothing there.  ``writer`` is its process.
     """
 
     rank: Rank
     metadata: str
     writes: list[Packed]
+    writer: Writer | None = None
 
 
 class ConnectRequest(Message):
@@ -187,11 +189,15 @@ class CommitRequest(Message):
 
 
 class AbortRequest(Message):
-    """``POST /abort_update``: give the push up.  ``reason`` is for people."""
+    """``POST /abort_update``: give the push up.  ``reason`` is for people.
+
+    ``released``: the calling process has given up all handles that it could write with.
+    """
 
     session: Id
     push_id: Id
     reason: Annotated[str, StringConstraints(max_length=4096)] = ""
+    released: Writer | None = None
 
 
 class RollbackRequest(Message):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from weightsync.layout import WorkerLayout
 from weightsync.manifest import TensorSpec
+from weightsync.process import Writer
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +91,11 @@ class RankWrites:
 
 @dataclass(frozen=True, slots=True)
 class ConnectBody:
-    """Rendezvous, round 2."""
+    """Rendezvous, round 2.  ``fenced``: who must not be able to write here any more."""
 
     epoch: int
     ranks: list[RankWrites]
+    fenced: list[Writer] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from weightsync.errors import WeightSyncError
+from weightsync.process import this_process
+from weightsync.protocol import AbortRequest, StepResponse
+from weightsync_client.control import Agent
 from weightsync_client.opened import Open, PushSettings
 from weightsync_client.policy import Roster
 from weightsync_client.report import PHASES
@@ -117,6 +120,26 @@ class Attempt:
             f"after {elapsed_s:.3f} s; {what_now}"
         )
 
+    def _tell_released(self, sessions: Mapping[str, str]) -> None:
+        """Give the agents this process's word, for which others would have to wait (WS-8)."""
+        me = this_process()
+        if me is None:
+            return
+
+        def call(agent: Agent) -> None:
+            request = AbortRequest(
+                session=sessions[agent.url],
+                push_id=self.push_id,
+                reason="its writers have given their handles up",
+                released=me,
+            )
+            agent.post(
+                "/abort_update", request, StepResponse, timeout_s=self.settings.deadlines.abort_s
+            )
+
+        # where it fails, the agent waits for this process to come back or to end
+        self.roster.fleet.attempt(call, [a for a in self.roster.present if a.url in sessions])
+
     def leave(self, error: BaseException) -> None:
         """On every rank, whatever failed and wherever: drop what may be in flight."""
         try:
@@ -126,8 +149,11 @@ class Attempt:
             began = self.transaction is not None and self.transaction.began
             if began or not self.wrote_nothing:
                 # Writes may be in flight: nothing of this epoch is used again (WS-3, WS-8).
+                members = {} if self.held.session is None else dict(self.held.session.members)
                 try:
                     self.held.end_session()
                 except WeightSyncError as also:
                     error.add_note(f"closing the session failed too: {also}")
+                else:
+                    self._tell_released({url: m.session for url, m in members.items()})
             self.settings.progress.failed(self._phase, self.version, self.push_id, error)

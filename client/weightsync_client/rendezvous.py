@@ -234,7 +234,7 @@ def _connect(
     def connect(offers: list[dict[str, Offer]]) -> list[str]:
         def call(agent: Agent) -> None:
             here = [
-                RankOffer(rank=rank, metadata=o.metadata, writes=o.writes)
+                RankOffer(rank=rank, metadata=o.metadata, writes=o.writes, writer=o.writer)
                 for rank, o in enumerate(offered[agent.url] for offered in offers)
             ]
             request = ConnectRequest(

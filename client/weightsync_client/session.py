@@ -17,6 +17,7 @@ from weightsync.errors import DeadlineError, WeightSyncError
 from weightsync.layout import WorkerLayout
 from weightsync.manifest import Manifest
 from weightsync.plan import TransportPlan
+from weightsync.process import Writer, this_process
 from weightsync.targets import alike
 from weightsync.topology import cuda_address
 from weightsync.transport.base import Transport
@@ -36,6 +37,7 @@ class Offer:
 
     metadata: str
     writes: list[str]
+    writer: Writer | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +188,7 @@ class Session:
                 pack(self._plan.declared(worker.like)) if self._plan.writes[worker.like] else ""
                 for worker in self.members[url].workers
             ],
+            writer=this_process(),
         )
 
     def fill(self, source: WeightSource, *, check_finite: bool) -> dict[str, list[str]]:

@@ -8,6 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -170,7 +171,10 @@ class Calls:
         event = AbortAsked(request.push_id)
         if self._service.state.owner == request.push_id:
             log.warning("push %s is aborted by its trainer: %s", request.push_id, request.reason)
-        return await self._push_step("abort_update", request.push_id, event, request)
+        answer = await self._push_step("abort_update", request.push_id, event, request)
+        if request.released is not None:
+            self._service.release(request.push_id, request.released)
+        return answer
 
     async def init_transfer(self, request: InitTransferRequest) -> InitTransferResponse:
         """``POST /init_transfer``."""
@@ -218,7 +222,11 @@ class Calls:
         if not self._once.knows(key):
             step(self._service.state, event)
         bodies = await asyncio.to_thread(self._bodies.connect, request, self._workers)
-        extra = {"bodies": bodies, "traffic": await asyncio.to_thread(Traffic.of, bodies)}
+        writers = {r.writer for r in request.ranks if r.writer is not None}
+        fenced = self._service.fence.others(writers)
+        bodies = [replace(body, fenced=fenced) for body in bodies]
+        traffic = await asyncio.to_thread(Traffic.of, bodies)
+        extra = {"bodies": bodies, "writers": writers, "traffic": traffic}
 
         async def work(begun: Mark) -> StepResponse:
             return await self._step(event, request, request.timeout_s, begun, extra)
@@ -298,6 +306,7 @@ class Calls:
         request: R,
         bodies_of: Callable[[R, int], Sequence[object]],
     ) -> StepResponse:
+        self._service.fence.written(event.push_id)  # nobody may say this before it is so
         if not self._once.knows((name, event.push_id)):
             step(self._service.state, event)  # refused before anything big is unpacked
         bodies = await asyncio.to_thread(bodies_of, request, self._workers)
@@ -327,7 +336,7 @@ class Calls:
 
 def _fingerprint(request: Message) -> str:
     """Equal for repeats: everything that was asked, but for how long to wait and why."""
-    text = request.model_dump_json(exclude={"timeout_s", "reason"})
+    text = request.model_dump_json(exclude={"timeout_s", "reason", "released"})
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -23,6 +23,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from weightsync.errors import InputError, JournalError
+from weightsync.process import Writer
 from weightsync.state import AgentState
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,15 @@ class Remembered(BaseModel):
     problem: dict[str, Any] | None = None
 
 
+class FencedPush(BaseModel):
+    """A push that ended without its writers' word that nothing of it is on its way any more."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    push_id: str
+    writers: tuple[Writer, ...]
+
+
 class Record(BaseModel):
     """Everything that outlives the agent's process.
 
@@ -49,6 +59,8 @@ class Record(BaseModel):
         state: As it was, or as it was about to become.
         session_owner: Whose the open session is, as :class:`SessionGuard` tells it apart.
         instances: The worker process at each place.
+        writers: The processes that write in the open epoch.
+        fenced: Pushes whose late writes must be kept out.
         answers: By push and call, the newest push last.
     """
 
@@ -57,6 +69,8 @@ class Record(BaseModel):
     state: AgentState = AgentState()
     session_owner: str = ""
     instances: dict[str, str] = {}
+    writers: tuple[Writer, ...] = ()
+    fenced: tuple[FencedPush, ...] = ()
     answers: dict[str, dict[str, Remembered]] = {}
 
     def with_answer(self, push_id: str, call: str, answer: Remembered) -> Record:

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from weightsync.errors import DeadlineError, EngineDetachedError, EngineError, WeightSyncError
+from weightsync.process import Writer
 from weightsync.protocol import BeginRequest, PauseRequest
 from weightsync.state import AgentState, Effect, step
 from weightsync.state_events import (
     Aborted,
+    Attached,
     BeginAsked,
     CommitAsked,
     Committed,
@@ -42,6 +44,7 @@ from weightsync.state_events import (
 from weightsync_server.agent.cache_reset import CacheReset
 from weightsync_server.agent.engines import Engines
 from weightsync_server.agent.events import EventHub
+from weightsync_server.agent.fence import Fence
 from weightsync_server.agent.journal import Journal, Record, Remembered
 from weightsync_server.agent.metrics import Metrics
 from weightsync_server.agent.pushes import PushClock
@@ -86,6 +89,7 @@ class Service:
         self.errors: deque[ErrorStatus] = deque(maxlen=16)
         self.journal = Journal(journal_path, lambda error: self.note("journal", error))
         self.guard = SessionGuard()
+        self.fence = Fence()
         self._engine_timeout_s = engine_timeout_s
         self._cache_reset = CacheReset(lambda: engines.reset_prefix_cache(engine_timeout_s))
         self._turn = asyncio.Lock()
@@ -106,7 +110,15 @@ class Service:
         self.workers.instances = dict(record.instances)
         if record.session_owner and self.state.session is not None:
             self.guard.recall(self.state.session, record.session_owner)
+        self.fence.recall(record.writers, record.fenced)
+        if record.state.owner is not None and _writes(record.state):
+            self.fence.ended(record.state.owner)
         self.metrics.show(self.state, 0)
+
+    def release(self, push_id: str, writer: Writer) -> None:
+        """A writing process has nothing of that push left."""
+        self.fence.released(push_id, writer)
+        self.journal.save_soon(self._record(self.state))
 
     def remember(self, push_id: str, call: str, answer: Remembered) -> None:
         """Keep an answer for repeats that come after a restart."""
@@ -209,12 +221,22 @@ class Service:
             intended = replace(state, owner=state.owner or work.push_id)
             await self.journal.save(self._record(intended))
 
+    def _guard_memory(self, before: AgentState, event: Event) -> None:
+        if isinstance(event, Attached) and not event.same:
+            self.fence.clear()
+        elif isinstance(event, Committed):
+            pass  # every write had completed, and the epoch goes on
+        elif before.owner is not None and _writes(before) and not _writes(self.state):
+            self.fence.ended(before.owner)
+
     def _record(self, state: AgentState) -> Record:
         return self.journal.record.model_copy(
             update={
                 "state": state,
                 "session_owner": self.guard.owner(state.session),
                 "instances": self.workers.instances,
+                "writers": self.fence.writers,
+                "fenced": self.fence.record(),
             }
         )
 
@@ -222,6 +244,7 @@ class Service:
         before = self.state
         self.state, effects = step(before, event)
         if self.state != before:
+            self._guard_memory(before, event)
             self._tell(before, event)
             self.journal.save_soon(self._record(self.state))
         return effects
@@ -323,6 +346,7 @@ class Service:
             case Effect.CONNECT if isinstance(event, ConnectAsked):
                 await self.workers.connect(work.extra["bodies"], timeout_s=work.left_s())
                 self.clock.connected(work.extra["traffic"])
+                self.fence.connected(work.extra["writers"])
                 return Connected(event.epoch)
             case Effect.BEGIN if isinstance(event, BeginAsked):
                 asked = time.monotonic()
@@ -368,6 +392,11 @@ class Service:
         await self.engines.reset_prefix_cache(work.left_s())
         work.seconds["reset_prefix_cache"] = round(time.monotonic() - started, 6)
         work.span("reset_prefix_cache", started, time.monotonic())
+
+
+def _writes(state: AgentState) -> bool:
+    """Whether a push may be writing; a rollback brings no version."""
+    return state.phase in ("shadowing", "receiving") and state.target is not None
 
 
 def _failed(effect: Effect, work: Work, error: WeightSyncError) -> Outcome | None:

@@ -45,6 +45,7 @@ from weightsync.worker_messages import (
 from weightsync_server.engines.base import EngineAdapter
 from weightsync_server.receiver.attachment import Attachment
 from weightsync_server.receiver.epoch import ALL, APART, Epoch
+from weightsync_server.receiver.fence import refuse_fenced
 from weightsync_server.receiver.history import History
 from weightsync_server.receiver.installer import install, install_through_loader, unproven
 from weightsync_server.receiver.laps import Laps
@@ -169,7 +170,13 @@ class Receiver:
         )
 
     def connect(self, body: ConnectBody) -> None:
-        """Take in the writing ranks and prove that together they write every byte once (WS-7)."""
+        """Take in the writing ranks and prove that together they write every byte once (WS-7).
+
+        Raises:
+            FencePendingError: A process of a push that is over might still write here.
+            PlanError, TransportError: See :meth:`Epoch.connect`.
+        """
+        refuse_fenced(body.fenced, str(self.adapter.place))
         self._current(body.epoch).connect(body.ranks)
 
     def _current(self, number: int) -> Epoch:
