@@ -14,6 +14,7 @@ from tests.support.trainer import Trainer, trainer_held_at
 from weightsync.errors import (
     AgentUnreachableError,
     EngineDetachedError,
+    FencePendingError,
     StateError,
     TransportError,
     WeightSyncError,
@@ -110,19 +111,52 @@ def test_ctrl_c_before_begin_gives_the_engine_back(stack: Stack, trainer_at: Tra
     stack.assert_a_whole_push_works()
 
 
-def test_late_writes_of_a_trainer_that_was_given_up_reach_nothing(
+def test_a_trainer_that_was_given_up_keeps_others_out_until_it_has_said_that_it_stopped(
     stack: Stack, trainer_at: TrainerAt
 ) -> None:
     with trainer_at("write") as trainer:
         stack.wait_for_state("torn", timeout_s=IDLE_S + 10)
-        weights = stack.weights()
-        report = stack.push(weights)
+        refused = stack.failing_push(FencePendingError)
+        assert refused.context["pids"] == [trainer.pid]
+        stack.assert_torn()
         told = trainer.go_on()
-    # it asked first: over shared memory nothing else would have kept its bytes out
-    assert (told["error"], told["phase"]) == ("StaleEpochError", "write"), told
-    assert "has given push" in told["message"]
-    stack.assert_holds(weights, report.version)
-    stack.assert_a_whole_push_works()
+        # it asked before it wrote
+        assert (told["error"], told["phase"]) == ("StaleEpochError", "write"), told
+        assert "has given push" in told["message"]
+        stack.assert_a_whole_push_works()
+
+
+def test_a_trainer_frozen_inside_its_write_writes_late_and_is_fenced_off_till_then(
+    stack: Stack, trainer_at: TrainerAt
+) -> None:
+    with trainer_at("in post") as trainer:
+        stack.wait_for_state("torn", timeout_s=IDLE_S + 10)
+        before = stack.get("/checksums").json()["sha256"]
+        refused = stack.failing_push(FencePendingError)
+        assert f"kill -9 {trainer.pid} on " in refused.hint
+        trainer.thaw()
+        told = [trainer.read()]
+        while "error" not in told[-1]:
+            told.append(trainer.read())
+        landed = stack.get("/checksums").json()["sha256"] != before
+        stack.assert_torn()
+        stack.assert_a_whole_push_works()
+    if not landed:
+        pytest.skip("this host's kernel lets no process into another's memory")
+    # the worker's deregistration did not keep its bytes out: only the wait of others did
+
+
+def test_a_trainer_frozen_inside_its_write_and_ended_is_waited_for_no_longer(
+    stack: Stack, trainer_at: TrainerAt
+) -> None:
+    with trainer_at("in post") as trainer:
+        stack.wait_for_state("torn", timeout_s=IDLE_S + 10)
+        stack.agent.kill()  # the journal knows whom to wait for
+        stack.agent.start()
+        stack.wait_for_state("torn")
+        stack.failing_push(FencePendingError)
+        trainer.kill()
+        stack.assert_a_whole_push_works()
 
 
 # ------------------------------------------------------------------ the engine

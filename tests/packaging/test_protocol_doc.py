@@ -18,6 +18,7 @@ from weightsync import layout, manifest, protocol, worker_messages
 from weightsync.codec import unpack
 from weightsync.digest import digests
 from weightsync.errors import StateError, all_errors
+from weightsync.process import Writer
 from weightsync.state import AgentState, Effect, Phase, step
 from weightsync.state_events import (
     AbortAsked,
@@ -178,7 +179,7 @@ def records() -> dict[str, type]:
         for cls in vars(module).values()
         if dataclasses.is_dataclass(cls) and cls.__module__ == module.__name__
     ]
-    return {cls.__name__: cls for cls in [*models, *plain, manifest.TensorSpec]}
+    return {cls.__name__: cls for cls in [*models, *plain, manifest.TensorSpec, Writer]}
 
 
 def fields_of(record: type) -> dict[str, Any]:

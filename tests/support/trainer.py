@@ -9,6 +9,7 @@ in; at the end ``{"done": VERSION}`` or what went wrong.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -36,6 +37,10 @@ class Trainer:
         """Let it go on; how it ended."""
         self.let_go()
         return self.read()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def let_go(self) -> None:
         """Let it go on, without waiting for its end."""
@@ -106,6 +111,18 @@ def _main(agent: str, token: str, weights: str, phase: str) -> None:
 
     given = load_file(weights)
     bound = None
+    if phase == "in post":
+        from weightsync.transport.nixl import NixlTransport
+
+        post = NixlTransport.post
+
+        def frozen_post(*args: Any) -> None:
+            tell(held=phase)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            post(*args)
+            tell(posted=True)
+
+        NixlTransport.post = frozen_post  # type: ignore[method-assign]
     if phase == "mid-write":
         bound = sum(t.nbytes for t in given.values()) // 4
         refill = Slots.refill
