@@ -183,6 +183,7 @@ class Agent:
         self.resets: list[bool] = []
         self.times: list[tuple[str, float]] = []
         self.bodies: dict[str, dict[str, Any]] = {}
+        self.released: list[p.AbortRequest] = []
         self.connections: set[Any] = set()
         self.generating = True
         self.lock = threading.RLock()
@@ -194,6 +195,9 @@ class Agent:
     # ---- HTTP
 
     def answer(self, method: str, path: str, body: bytes, token: str | None) -> tuple[int, Any]:
+        if b'"released":' in body:  # what a rank says once its handles are gone
+            self.released.append(p.AbortRequest.model_validate_json(body))
+            return 200, self._reply().model_dump()
         self.calls.append(path)
         self.times.append((path, time.perf_counter()))
         try:

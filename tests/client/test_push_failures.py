@@ -22,6 +22,7 @@ from weightsync.errors import (
     StaleEpochError,
     VerifyError,
 )
+from weightsync.process import this_process
 from weightsync.transport.inmemory import Fabric, Faults, InMemoryTransport
 from weightsync_client import Deadlines, Publisher
 
@@ -53,6 +54,9 @@ def test_a_peer_lost_in_the_write_aborts_and_the_next_push_repairs(
     with pytest.raises(PeerLostError) as caught:
         publisher.push(model)
     assert agent.calls[-2:] == ["/begin_update", "/abort_update"]
+    (word,) = agent.released
+    assert word.push_id == agent.bodies["/abort_update"]["push_id"]
+    assert word.released == this_process()
     assert "write: PeerLostError" in agent.bodies["/abort_update"]["reason"]
     assert agent.state.phase == "torn"
     assert not agent.generating
