@@ -76,7 +76,7 @@ def digests(pieces: Sequence[torch.Tensor]) -> list[bytes]:
 def scan(
     pieces: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype] | None
 ) -> tuple[list[bytes], bool]:
-    """:func:`digests`, and whether every value is finite, on a CPU in the same pass.
+    """:func:`digests`, and whether every value is finite, in the same pass.
 
     Args:
         pieces: See :func:`digests`.
@@ -97,20 +97,24 @@ def scan(
             )
     if device.type == "cpu":
         return digest_cpu.scan(pieces, dtypes)
+    if device.type == "cuda" and find_spec("triton") is not None:
+        from weightsync import digest_triton
+
+        if dtypes is None or all(map(digest_triton.knows, dtypes)):
+            sums, full = digest_triton.scan(pieces, dtypes)
+            return _packed(sums), not full.item()
     flags = [
         all_finite(p.view(dtype))
         for p, dtype in zip(pieces, dtypes or (), strict=dtypes is not None)
         if p.numel() and dtype.is_floating_point
     ]
-    if device.type == "cuda" and find_spec("triton") is not None:
-        from weightsync import digest_triton
+    sums = torch.stack([digest_sums(p) for p in pieces])
+    return _packed(sums), bool(torch.stack(flags).all()) if flags else True
 
-        sums = digest_triton.digest_sums(pieces)
-    else:
-        sums = torch.stack([digest_sums(p) for p in pieces])
-    finite = bool(torch.stack(flags).all()) if flags else True
+
+def _packed(sums: torch.Tensor) -> list[bytes]:
     rows: list[list[int]] = sums.tolist()
-    return [struct.pack("<qq", a, b) for a, b in rows], finite
+    return [struct.pack("<qq", a, b) for a, b in rows]
 
 
 def all_finite(values: torch.Tensor) -> torch.Tensor:

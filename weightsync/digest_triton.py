@@ -2,12 +2,17 @@
 
 Every program sums one chunk of one piece and adds its two sums to the piece's with 64-bit integer
 atomics: sums modulo 2**64 do not depend on who comes first, so the result is deterministic.
+
+The same pass tells whether a float has all bits of its exponent set.  With ``m`` the exponent's
+bits in each lane of a word and ``l`` the lowest of them, ``(word & m) + l`` carries into the bit
+above exactly in the lanes where all are set, and never into the next lane.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +26,21 @@ _NUM_WARPS = 8
 
 
 @triton.jit
-def _add_words(a: tl.tensor, b: tl.tensor, word: tl.tensor, index: tl.tensor) -> tl.tensor:
+def _add_words(
+    a: tl.tensor,
+    b: tl.tensor,
+    full: tl.tensor,
+    word: tl.tensor,
+    index: tl.tensor,
+    exponent: tl.tensor,
+    lowest: tl.tensor,
+    check: tl.constexpr,
+) -> tl.tensor:
     wide = word.to(tl.uint64, bitcast=True)
     factor = (index + 1).to(tl.uint32).to(tl.uint64)
-    return a + tl.sum(wide, axis=1), b + tl.sum(wide * factor, axis=1)
+    if check:
+        full |= (wide & exponent) + lowest
+    return a + tl.sum(wide, axis=1), b + tl.sum(wide * factor, axis=1), full
 
 
 @triton.jit
@@ -34,6 +50,9 @@ def _digest_kernel(
     nbytes_ptr: tl.tensor,  # int64[pieces]
     piece_ptr: tl.tensor,  # int32[programs]: whose chunk this is
     chunk_ptr: tl.tensor,  # int32[programs]: which of the piece's chunks
+    exponent_ptr: tl.tensor,  # int64[pieces]: bits of the exponents in a word; 0: do not look
+    full_ptr: tl.tensor,  # int32[1]: becomes 1 where an exponent is all ones
+    check: tl.constexpr,
     tile_words: tl.constexpr,
     tiles: tl.constexpr,
 ) -> None:
@@ -42,6 +61,8 @@ def _digest_kernel(
     first = tl.load(chunk_ptr + pid).to(tl.int64) * (tile_words * tiles)
     address = tl.load(addr_ptr + piece)
     nbytes = tl.load(nbytes_ptr + piece)
+    exponent = tl.load(exponent_ptr + piece).to(tl.uint64, bitcast=True)
+    lowest = exponent & (exponent ^ (exponent << 1))
     # counted from the multiple of 16 bytes before the piece: its first `skew` words are not read
     skew = address % 16 // 8
     end = skew + nbytes // 8
@@ -53,19 +74,20 @@ def _digest_kernel(
     lane = 2 * tl.arange(0, tile_words // 2)[:, None] + tl.arange(0, 2)[None, :]
     a = tl.zeros([tile_words // 2], dtype=tl.uint64)
     b = tl.zeros([tile_words // 2], dtype=tl.uint64)
+    full = tl.zeros([tile_words // 2, 2], dtype=tl.uint64)
     head = 0
     if skip > 0:
         word = tl.load(words_ptr + lane, mask=(lane >= skip) & (lane < words), other=0)
-        a, b = _add_words(a, b, word, lane)
+        a, b, full = _add_words(a, b, full, word, lane, exponent, lowest, check)
         head += tile_words
     whole = words // tile_words * tile_words
     for start in range(head, whole, tile_words):
         index = start + lane
         word = tl.load(tl.multiple_of(words_ptr + index, [1, 16]))
-        a, b = _add_words(a, b, word, index)
+        a, b, full = _add_words(a, b, full, word, index, exponent, lowest, check)
     index = tl.maximum(whole, head) + lane
     word = tl.load(words_ptr + index, mask=index < words, other=0)
-    a, b = _add_words(a, b, word, index)
+    a, b, full = _add_words(a, b, full, word, index, exponent, lowest, check)
     sum_a = tl.sum(a, axis=0)
     sum_b = tl.sum(b, axis=0)
 
@@ -77,10 +99,28 @@ def _digest_kernel(
     last = tl.sum(rest << (8 * byte).to(tl.uint64), axis=0)
     sum_a += last
     sum_b += last * (words + 1).to(tl.uint64)
+    if check:
+        carried = exponent + lowest  # where the bit above an exponent is
+        found = tl.max(((full & carried) != 0).to(tl.int32)) | (
+            (((last & exponent) + lowest) & carried) != 0
+        ).to(tl.int32)
+        if found > 0:
+            tl.atomic_or(full_ptr, 1, sem="relaxed")
 
     sum_b += sum_a * (first - skew).to(tl.uint64)
     tl.atomic_add(sums_ptr + 2 * piece, sum_a.to(tl.int64, bitcast=True), sem="relaxed")
     tl.atomic_add(sums_ptr + 2 * piece + 1, sum_b.to(tl.int64, bitcast=True), sem="relaxed")
+
+
+class _Tables(NamedTuple):
+    """What the kernel is told of some pieces."""
+
+    programs: int
+    addresses: torch.Tensor
+    nbytes: torch.Tensor
+    piece: torch.Tensor
+    chunk: torch.Tensor
+    exponents: torch.Tensor
 
 
 def digest_sums(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -89,33 +129,73 @@ def digest_sums(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     The kernel is queued on the current stream; nothing waits for it.  Pieces that do not start at
     a multiple of 8 bytes are copied first.
     """
+    return scan(pieces, None)[0]
+
+
+def scan(
+    pieces: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`digest_sums`, and int32[1]: 1 where a value is NaN or infinite.
+
+    Args:
+        pieces: See :func:`digest_sums`.
+        dtypes: Of the values in each piece, see :func:`knows`; None: nobody asks.
+    """
     device = pieces[0].device
     pieces = [p if p.data_ptr() % 8 == 0 else p.clone() for p in pieces]
     sums = torch.zeros(len(pieces), 2, dtype=torch.int64, device=device)
-    addresses = np.array([p.data_ptr() for p in pieces], dtype=np.int64)
-    nbytes = np.array([p.numel() for p in pieces], dtype=np.int64)
+    full = torch.zeros(1, dtype=torch.int32, device=device)
+    exponents = None if dtypes is None else tuple(_exponents(dtype) for dtype in dtypes)
+    # the memory of an epoch is the same in every push: so are its tables
+    where = tuple((p.data_ptr(), p.numel()) for p in pieces)
+    tables = _tables(where, exponents, _TILE_WORDS * _TILES, device)
+    if tables.programs:
+        with torch.cuda.device_of(sums):
+            _digest_kernel[(tables.programs,)](
+                sums,
+                *tables[1:],
+                full,
+                check=dtypes is not None,
+                tile_words=_TILE_WORDS,
+                tiles=_TILES,
+                num_warps=_NUM_WARPS,
+            )
+    return sums, full
+
+
+@lru_cache(maxsize=8)
+def _tables(
+    pieces: tuple[tuple[int, int], ...],
+    exponents: tuple[int, ...] | None,
+    chunk_words: int,
+    device: torch.device,
+) -> _Tables:
+    addresses, nbytes = np.array(pieces, dtype=np.int64).T.copy()
     # by whole words: a tail never makes a chunk of its own, but in a piece that has nothing else
     words = addresses % 16 // 8 + nbytes // 8
-    chunks = np.where(nbytes > 0, np.maximum(-(-words // (_TILE_WORDS * _TILES)), 1), 0)
+    chunks = np.where(nbytes > 0, np.maximum(-(-words // chunk_words), 1), 0)
     programs = int(chunks.sum())
-    if not programs:
-        return sums
     piece = np.repeat(np.arange(len(pieces)), chunks)
     chunk = np.arange(programs) - np.repeat(np.cumsum(chunks) - chunks, chunks)
-    with torch.cuda.device_of(sums):
-        _digest_kernel[(programs,)](
-            sums,
-            _upload(addresses, device),
-            _upload(nbytes, device),
-            _upload(piece.astype(np.int32), device),
-            _upload(chunk.astype(np.int32), device),
-            tile_words=_TILE_WORDS,
-            tiles=_TILES,
-            num_warps=_NUM_WARPS,
-        )
-    return sums
+    looked = np.array(exponents or [0] * len(pieces), dtype=np.uint64).view(np.int64)
+    tables = addresses, nbytes, piece.astype(np.int32), chunk.astype(np.int32), looked
+    made = _Tables(programs, *(torch.from_numpy(t).to(device) for t in tables))
+    if device.type == "cuda":  # the next use may be on another stream
+        torch.cuda.current_stream(device).synchronize()
+    return made
 
 
-def _upload(table: Any, device: torch.device) -> torch.Tensor:
-    host = torch.from_numpy(table)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+def knows(dtype: torch.dtype) -> bool:
+    """Whether its values that are not finite are those with every bit of some pattern set."""
+    return "fnuz" not in str(dtype)
+
+
+@cache
+def _exponents(dtype: torch.dtype) -> int:
+    """The bits that all are set in NaN and infinity alone, in each lane of 64 bits; 0: no float."""
+    if not dtype.is_floating_point:
+        return 0
+    # behind the largest value come infinity and NaN, or NaN alone
+    largest = torch.tensor([torch.finfo(dtype).max], dtype=torch.float64).to(dtype)
+    bits = int.from_bytes(largest.view(torch.uint8).numpy().tobytes(), "little") + 1
+    return sum(bits << shift for shift in range(0, 64, 8 * dtype.itemsize))

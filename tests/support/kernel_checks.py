@@ -175,6 +175,37 @@ def _digests(device: torch.device) -> str:
     )
 
 
+def _finite(device: torch.device) -> str:
+    """Values around the largest ones of every dtype, alone among others, at any place of a word."""
+    from weightsync import digest_triton
+
+    wrong = []
+    for dtype in (*_FINITE_DTYPES, torch.int16):
+        ones = torch.ones(5000, dtype=torch.float32).to(dtype)
+        values = ones[:2]
+        if dtype.is_floating_point:
+            size, largest = (
+                dtype.itemsize,
+                torch.tensor([torch.finfo(dtype).max], dtype=torch.float64).to(dtype),
+            )
+            bits = int.from_bytes(largest.view(torch.uint8).numpy().tobytes(), "little")
+            codes = [0, bits, bits + 1, (1 << (8 * size - 1)) - 1]
+            codes += [code | 1 << (8 * size - 1) for code in codes]
+            raw = b"".join(code.to_bytes(size, "little") for code in codes)
+            values = torch.frombuffer(bytearray(raw), dtype=dtype)
+        for k, value in enumerate(values.to(dtype).unbind()):
+            some = ones.clone()
+            at = (0, 1, 3, 2500, 4998, 4999)[k % 6]
+            some[at] = value
+            there = some.view(torch.uint8).to(device)
+            cut = 8 * (k % 3) if at > 100 else 0
+            got = digest_triton.scan([there[:0], there[cut:]], [torch.float32, dtype])[1].item()
+            finite = value.to(torch.float64).isfinite().item()
+            if got != (not finite):
+                wrong.append(f"{dtype} {value.item()!r} at {at}: {got}")
+    return "\n".join(wrong)
+
+
 def _digests_in_short_chunks(device: torch.device) -> str:
     from weightsync import digest_triton
 
@@ -185,6 +216,10 @@ def _digests_in_short_chunks(device: torch.device) -> str:
         digest_triton._TILES = before
 
 
+_FINITE_DTYPES = (
+    torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)  # fmt: skip
 #: on a GPU and in the interpreter
 CHECKS: dict[str, Check] = {
     **{f"bfloat16 {kind}": partial(_kind, kind, torch.bfloat16) for kind in KINDS},
@@ -197,6 +232,7 @@ CHECKS: dict[str, Check] = {
     "groups": _groups,
     "shards at any border": partial(_shards, ([0, 1, 100, 200, 384, 400], [0, 77, 256, 300])),
     "shards at multiples of 16": partial(_shards, ([0, 16, 208, 256], [0, 32, 176, 512])),
+    "finite values of every dtype": _finite,
     "not finite": _not_finite,
     "nothing": _nothing,
     "digests": _digests_in_short_chunks,
