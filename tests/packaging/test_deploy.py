@@ -18,6 +18,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from weightsync_server.agent.auth import OPEN_PATHS
+from weightsync_server.agent.journal import default_path
 from weightsync_server.agent.settings import ENV_PREFIX, AgentSettings, _parser, load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -234,6 +235,17 @@ def test_an_agent_would_start_with_the_settings_of(name, tmp_path):
     assert (settings.host, settings.port) == ("0.0.0.0", AGENT_PORT)
     assert settings.tls_cert is not None
     assert "WEIGHTSYNC_ENGINE_SECRET_FILE" in env
+
+
+def test_journals_lie_where_agents_may_write():
+    containerfile = (DEPLOY / "container" / "Containerfile").read_text()
+    unit = (DEPLOY / "systemd" / "weightsync-agent.service").read_text()
+    assert "XDG_STATE_HOME=/var/lib " in containerfile
+    assert "Environment=XDG_STATE_HOME=%S\nStateDirectory=weightsync\n" in unit
+    journal = default_path(("http://127.0.0.1:8000",), {"XDG_STATE_HOME": "/var/lib"})
+    assert journal.parent == Path("/var/lib/weightsync")
+    for _, _, agent in agents():
+        assert "/var/lib/weightsync" in [m["mountPath"] for m in agent["volumeMounts"]]
 
 
 def test_compose_names_the_secrets_and_images_that_it_makes():
