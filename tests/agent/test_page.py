@@ -127,10 +127,11 @@ async def test_a_push_is_seen_phase_by_phase_without_a_reload(agent, trainer, op
     await t.begin(7)
     await sees(page, "#state-name", "receiving · version 0 → 7")
     await sees(page, ".words", "write running")
-    first = await page.locator("[data-phase=write].runs").bounding_box()
-    await asyncio.sleep(0.3)
-    later = await page.locator("[data-phase=write].runs").bounding_box()
-    assert later["width"] > first["width"], "the bar of a phase that runs grows"
+    width = "document.querySelector('.runs')?.getBoundingClientRect().width ?? 0"
+    first = await page.evaluate(width)
+    async with asyncio.timeout(15):
+        while await page.evaluate(width) <= first:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)  # the bar of a phase that runs grows
     await t.commit(7)
     await t.resume()
     await sees(page, "#state-name", "ready · version 7")

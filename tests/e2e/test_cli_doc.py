@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from tests.support.cli import invoke, save_in_two
 from tests.support.stack import TOKEN, Stack
@@ -25,8 +26,30 @@ def test_every_command_and_exit_status_is_told() -> None:
         assert f"| {status} |" in DOC
 
 
-def test_the_shells_complete_commands() -> None:
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shells_complete_commands_and_options(shell: str) -> None:
     assert "--install-completion" in invoke("--help").out
+    for line, completed in (("weightsync st", "status"), ("weightsync push --tr", "--trace")):
+        env = {
+            "_WEIGHTSYNC_COMPLETE": f"complete_{shell}",
+            "COMP_WORDS": line, "COMP_CWORD": str(line.count(" ")),  # bash
+            "_TYPER_COMPLETE_ARGS": line, "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+        }  # fmt: skip
+        done = CliRunner().invoke(app, [], prog_name="weightsync", env=env)
+        assert done.exit_code == 0
+        assert completed in done.stdout
+
+
+def test_every_commands_help_names_its_exit_statuses() -> None:
+    documented = {status for row in re.findall(r"^\| ([\d, ]+) \|", DOC, flags=re.MULTILINE)
+                  for status in row.split(", ")}  # fmt: skip
+    for name, command in vars(typer.main.get_command(app))["commands"].items():
+        for each in vars(command).get("commands", {name: command}).values():
+            text = str(each.help)
+            assert "Exit status: 0" in text, each.name
+            told = re.search(r"Exit status:(.*?)(\n\n|\Z)", text, flags=re.DOTALL)
+            assert told is not None
+            assert set(re.findall(r"(?:^|[ ;,])(\d+)(?= [a-z])", told[1])) <= documented
 
 
 @pytest.mark.nixl

@@ -20,7 +20,7 @@ function ticks(span) {
 }
 
 function length(push, now) {
-  const ends = push.phases.map((p) => p.start_s + (p.seconds ?? Math.max(now - push.started_at - p.start_s, 0)));
+  const ends = push.phases.map((p) => p.start_s + took(push, p, now));
   return Math.max(...ends, push.seconds.paused ?? 0, 1e-3);
 }
 
@@ -30,10 +30,13 @@ function stopsAt(push) {
   return push.phases.find((phase) => phase.phase === "pause")?.start_s ?? Infinity;
 }
 
-function words(push) {
+/** How long a phase took, or has taken until now. */
+const took = (push, phase, now) => phase.seconds ?? Math.max(now - push.started_at - phase.start_s, 0);
+
+function words(push, now) {
   const parts = push.phases.map((p) => {
-    const took = p.seconds === null ? "running" : seconds(p.seconds);
-    return `${p.phase} ${took}${p.ok ? "" : " ✗"}`;
+    const lasted = seconds(took(push, p, now));
+    return `${p.phase} ${p.seconds === null ? "running " : ""}${lasted}${p.ok ? "" : " ✗"}`;
   });
   return parts.join(" · ");
 }
@@ -53,12 +56,11 @@ function row(push, scale, now) {
   const stops = stopsAt(push);
   for (const phase of push.phases) {
     const part = el("i", { class: "phase", "data-phase": shadeOf(phase.phase), title: `${phase.phase} ${phase.seconds === null ? "…" : seconds(phase.seconds)}` });
-    const took = phase.seconds ?? Math.max(now - push.started_at - phase.start_s, 0);
     part.classList.toggle("serving", phase.start_s < stops);
     part.classList.toggle("failed", !phase.ok);
     part.classList.toggle("runs", phase.seconds === null);
     part.style.left = `${(100 * phase.start_s) / scale}%`;
-    part.style.width = `max(2px, ${(100 * took) / scale}%)`;
+    part.style.width = `max(2px, ${(100 * took(push, phase, now)) / scale}%)`;
     track.append(part);
   }
   const outcome = OUTCOMES.includes(push.outcome) ? push.outcome : "other";
@@ -68,7 +70,7 @@ function row(push, scale, now) {
       el("span", { class: "outcome" }, push.outcome.replace("_", " ")),
       el("time", { class: "quiet", datetime: new Date(push.started_at * 1000).toISOString() }, clock(push.started_at))),
     track,
-    el("p", { class: "words" }, el("span", {}, figures(push)), el("code", { class: "quiet" }, push.push_id), el("span", { class: "quiet" }, words(push))));
+    el("p", { class: "words" }, el("span", {}, figures(push)), el("code", { class: "quiet" }, push.push_id), el("span", { class: "quiet" }, words(push, now))));
 }
 
 function draw({ pushes, now }) {
