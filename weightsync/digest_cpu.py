@@ -10,9 +10,10 @@ NaNs are the largest of their sign in that order.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
+from itertools import chain
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -26,15 +27,24 @@ _TILE_NBYTES = 8 * _COLUMNS * 256
 #: what a thread takes at a time, and the least that is worth a second thread
 _SHARE_NBYTES = 16 * _TILE_NBYTES
 
-#: up to here each word is multiplied by its place
-_SMALL_NBYTES = 32 << 10
+#: pieces up to this are digested together, so many at a time that they stay in the caches
+_SMALL_NBYTES = 8 << 10
+_SMALL_PIECES = 32
 
-_WORD = np.arange(1, _SMALL_NBYTES // 8 + 1, dtype=np.uint64)
-_COLUMN = _WORD[:_COLUMNS]
+_COLUMN = np.arange(1, _COLUMNS + 1, dtype=np.uint64)
 
 
 _Bytes: TypeAlias = npt.NDArray[np.uint8]
 _Check: TypeAlias = Callable[[_Bytes], bool]
+
+
+class _Share(NamedTuple):
+    """Bytes of a piece, from ``start`` on."""
+
+    piece: int
+    start: int
+    data: _Bytes
+    check: _Check | None
 
 
 class _Sums(NamedTuple):
@@ -51,15 +61,21 @@ def scan(
     memory = [p.numpy() for p in pieces]
     checks = [None] * len(pieces) if dtypes is None else [_finite(dtype) for dtype in dtypes]
     shares = [
-        (k, start, memory[k][start : start + _SHARE_NBYTES], checks[k])
+        _Share(k, start, memory[k][start : start + _SHARE_NBYTES], checks[k])
         for k in range(len(pieces))
         for start in range(0, memory[k].size, _SHARE_NBYTES)
     ]
-    threads = min(torch.get_num_threads(), sum(m.size for m in memory) // _SHARE_NBYTES)
-    if threads > 1:
-        found = _pool(threads).map(lambda share: _scan(*share), shares)
+    small = [s for s in shares if s.data.size <= _SMALL_NBYTES and not (s.start or s.data.size % 8)]
+    if len(small) > 1:
+        shares = [s for s in shares if s.data.size > _SMALL_NBYTES or s.start or s.data.size % 8]
     else:
-        found = (_scan(*share) for share in shares)
+        small = []
+    threads = min(torch.get_num_threads(), sum(m.size for m in memory) // _SHARE_NBYTES)
+    each = _pool(threads).map(_scan, shares) if threads > 1 else map(_scan, shares)
+    together = (
+        _scan_together(small[k : k + _SMALL_PIECES]) for k in range(0, len(small), _SMALL_PIECES)
+    )
+    found = chain(each, chain.from_iterable(together))
     return _joined(found, len(pieces))
 
 
@@ -84,19 +100,19 @@ def _finite(dtype: torch.dtype) -> _Check | None:
         return None
     signed, unsigned = f"<i{dtype.itemsize}", f"<u{dtype.itemsize}"
     if "fnuz" in str(dtype):  # the one NaN is where minus zero would be
-        return lambda tile: bool(tile.view(signed).min() > -128)
+        return lambda tile: bool(np.minimum.reduce(tile.view(signed)) > -128)
     # behind the largest value come infinity and NaN, or NaN alone
     largest = torch.tensor([torch.finfo(dtype).max], dtype=torch.float64).to(dtype)
     positive = int.from_bytes(largest.view(torch.uint8).numpy().tobytes(), "little") + 1
     negative = positive | 1 << (8 * dtype.itemsize - 1)
     return lambda tile: bool(
-        tile.view(signed).max() < positive and tile.view(unsigned).max() < negative
+        np.maximum.reduce(tile.view(signed)) < positive
+        and np.maximum.reduce(tile.view(unsigned)) < negative
     )
 
 
-def _scan(piece: int, start: int, share: _Bytes, check: _Check | None) -> _Sums:
-    if share.size <= _SMALL_NBYTES:
-        return _scan_small(piece, start, share, check)
+def _scan(given: _Share) -> _Sums:
+    piece, start, share, check = given
     a = b = 0
     finite = True
     for first in range(0, share.size, _TILE_NBYTES):
@@ -118,15 +134,19 @@ def _scan(piece: int, start: int, share: _Bytes, check: _Check | None) -> _Sums:
     return _Sums(piece, a, b, finite)
 
 
-def _scan_small(piece: int, start: int, share: _Bytes, check: _Check | None) -> _Sums:
-    """A norm's few kilobytes: products cost less than calls."""
-    finite = check is None or check(share)
-    if share.size % 8:
-        share = np.concatenate((share, np.zeros(-share.size % 8, dtype=np.uint8)))
-    words = share.view("<u8")
-    total = int(np.add.reduce(words))
-    b = start // 8 * total + int(np.dot(_WORD[: words.size], words))
-    return _Sums(piece, total, b, finite)
+def _scan_together(shares: Sequence[_Share]) -> Iterator[_Sums]:
+    """Norms and biases: their words one behind another, since calls cost more than bytes."""
+    sizes = np.array([share.data.size // 8 for share in shares])
+    starts = np.cumsum(sizes) - sizes
+    words = np.concatenate([share.data.view("<u8") for share in shares])
+    place = np.arange(1, words.size + 1, dtype=np.uint64) - np.repeat(starts, sizes).astype("<u8")
+    of_check: dict[_Check | None, list[_Bytes]] = {}
+    for share in shares:
+        of_check.setdefault(share.check, []).append(share.data)
+    finite = all(c is None or c(np.concatenate(data)) for c, data in of_check.items())
+    sums = np.add.reduceat(words, starts), np.add.reduceat(words * place, starts)
+    for share, a, b in zip(shares, *(column.tolist() for column in sums), strict=True):
+        yield _Sums(share.piece, a, b, finite)
 
 
 def _padded(rest: _Bytes) -> _Bytes:

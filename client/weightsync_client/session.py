@@ -101,6 +101,7 @@ class Session:
             }
             for each in plan.rounds
         ]
+        self._known_pieces: dict[int, tuple[list[torch.Tensor], list[torch.dtype]]] = {}
         self._owned = ExitStack()  # closes the newest first: members, registration, wire, slots
         try:
             self.slots = Slots(plan, manifest, device, loan)
@@ -207,14 +208,23 @@ class Session:
         for k in reversed(range(self.rounds)):
             here = self._ranges[k]
             self.slots.fill(source, k)
-            dtypes = [torch_dtype(name) for name in here.values()] if check_finite else None
-            found, finite = scan(self.slots.pieces(here), dtypes)
+            pieces, dtypes = self._pieces(k)
+            found, finite = scan(pieces, dtypes if check_finite else None)
             if not finite:
                 bad.update(self.slots.non_finite(source, k))
             digest[k] = dict(zip(here, found, strict=True))
         refuse_non_finite(list(bad.values()))
         self._digests = digest
         return self.digests(self.members)
+
+    def _pieces(self, number: int) -> tuple[list[torch.Tensor], list[torch.dtype]]:
+        """What a round writes, and of which values: made once."""
+        known = self._known_pieces.get(number)
+        if known is None:
+            here = self._ranges[number]
+            known = self.slots.pieces(here), [torch_dtype(name) for name in here.values()]
+            self._known_pieces[number] = known
+        return known
 
     def digests(self, urls: Iterable[str]) -> dict[str, list[str]]:
         """For each of these agents the digests of what the last fill made, packed by worker."""
@@ -322,4 +332,5 @@ class Session:
     def close(self) -> None:
         """Give up what is in flight and release everything.  Safe to call twice."""
         self.sent = None
+        self._known_pieces.clear()  # no view outlives the memory
         self._owned.close()

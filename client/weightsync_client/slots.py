@@ -48,6 +48,7 @@ class Slots:
         self._loan = loan
         self._rounds = [self._jobs(each.fills, manifest) for each in plan.rounds]
         self._aside: torch.cuda.Stream | None = None
+        self._shapes: dict[tuple[str, int], tuple[int, ...]] = {}
 
     def _jobs(self, fills: Iterable[Fill], manifest: Manifest) -> list[_Job]:
         by_box: dict[tuple[str, int], list[Fill]] = {}
@@ -80,11 +81,13 @@ class Slots:
         Raises:
             InputError: A tensor has not the shape that the source declared.
         """
-        holdings = source.holdings()
         for job in self._rounds[number]:
             local = source.local(job.name, job.box)
-            shape = holdings[job.name][job.box].shape
-            if tuple(local.shape) != shape:
+            shape = self._shapes.get((job.name, job.box))
+            if shape is None:  # boxes are the same in all pushes of an epoch
+                shape = source.holdings()[job.name][job.box].shape
+                self._shapes[job.name, job.box] = shape
+            if local.shape != shape:
                 raise InputError(
                     f"{job.name!r} has shape {tuple(local.shape)}, declared was {shape}",
                     hint="weights must not change shape in a push",

@@ -26,8 +26,12 @@ _PLAIN = {torch.Tensor, nn.Parameter, nn.Buffer}
 
 
 class _View(NamedTuple):
-    """A box's values as elements of one of the tensors; ``offset`` from that tensor's first."""
+    """A box's values as elements of one of the tensors; ``offset`` from that tensor's first.
 
+    ``whole``: they are that tensor.
+    """
+
+    whole: bool
     base: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -81,6 +85,8 @@ class PreparedSource:
         """The values of one box: a view."""
         view = self._structure.views[name][box_index]
         base = self._bases[view.base].detach()
+        if view.whole:
+            return base
         return base.as_strided(view.shape, view.strides, base.storage_offset() + view.offset)
 
 
@@ -116,8 +122,11 @@ class Structures:
                 k = by_storage.get(_storage(values))
                 if k is None or values.dtype != found.bases[k].dtype or not values.numel():
                     return  # computed, or nothing to find it by
-                offset = int(values.storage_offset() - found.bases[k].storage_offset())
-                made.append(_View(k, tuple(values.shape), values.stride(), offset))
+                base = found.bases[k]
+                offset = int(values.storage_offset() - base.storage_offset())
+                form = tuple(values.shape), values.stride(), offset
+                whole = form == (tuple(base.shape), base.stride(), 0)
+                made.append(_View(whole, k, *form))
             views[name] = tuple(made)
         ref = weakref.ref(model) if isinstance(model, nn.Module) else None
         self._known = Structure(ref, found.form, declaration, dict(holdings), views)
@@ -142,7 +151,7 @@ def _look(model: Weights) -> _Found | None:
         )
         for name, tensor in named.items():
             base, part = _part(tensor)
-            if type(base) not in _PLAIN or base.is_conj() or base.is_neg():
+            if type(base) not in _PLAIN or base.is_neg():
                 return None
             form.append(
                 (
@@ -164,6 +173,8 @@ def _storage(tensor: torch.Tensor) -> int:
 
 def _part(tensor: Any) -> tuple[Any, object]:
     """What this rank has of a tensor, and which part of the whole that is."""
+    if type(tensor) in _PLAIN:
+        return tensor, None
     if isinstance(tensor, LocalShard):
         return tensor.tensor, (tensor.shape, tensor.offset)
     if is_dtensor(tensor):

@@ -39,6 +39,19 @@ def test_all_implementations_agree_on_large_pieces(start: int, nbytes: int) -> N
     assert digests([piece]) == [struct.pack("<qq", *digest_sums(piece).tolist())]
 
 
+def test_many_small_pieces_have_the_digests_that_each_has_alone() -> None:
+    sizes = [8, 16, 7, 4096, 8192, 8200, 0, 24, 1, 40_000, *range(0, 2000, 8)]
+    pieces = [_MEMORY[at : at + nbytes] for at, nbytes in zip(range(0, 10**6, 24), sizes)]  # noqa: B905
+    assert digests(pieces) == [by_definition(p.numpy().tobytes()) for p in pieces]
+    values = [torch.ones(64, dtype=dtype) for dtype in FLOATS[:4]] * 40
+    dtypes = [v.dtype for v in values]
+    assert scan([v.view(torch.uint8) for v in values], dtypes)[1]
+    for k in (0, 3, 159):
+        values[k][7] = float("inf")
+        assert not scan([v.view(torch.uint8) for v in values], dtypes)[1]
+        values[k][7] = 1
+
+
 def test_sums_wrap_without_a_trace() -> None:
     ones = torch.full((2 << 20,), 255, dtype=torch.uint8)
     n = ones.numel() // 8
