@@ -89,18 +89,25 @@ def test_wheel_ships_no_tests_and_no_docs(site):
 def test_wheel_declares_its_extras_and_license(dist_info):
     metadata = Parser().parsestr((dist_info / "METADATA").read_text())
     extras = set(metadata.get_all("Provides-Extra", []))
-    assert extras == {"nixl", "torch-engine", "demo", "bench", "docs", "dev"}
+    assert extras == {"nixl", "ucxx", "torch-engine", "demo", "bench", "docs", "dev"}
     assert metadata["License-Expression"] == "Apache-2.0"
     assert (dist_info / "licenses" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
 
 
-@pytest.mark.parametrize("script", ["weightsync", "weightsync-agent"])
-def test_entry_point_names_a_function_that_the_wheel_ships(site, dist_info, script):
-    scripts = ConfigParser(delimiters=["="])
-    scripts.read(dist_info / "entry_points.txt")
-    module, _, function = scripts["console_scripts"][script].partition(":")
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [
+        ("console_scripts", "weightsync"),
+        ("console_scripts", "weightsync-agent"),
+        ("vllm.general_plugins", "weightsync"),
+    ],
+)
+def test_entry_point_names_a_function_that_the_wheel_ships(site, dist_info, group, name):
+    points = ConfigParser(delimiters=["="])
+    points.read(dist_info / "entry_points.txt")
+    module, _, function = points[group][name].partition(":")
     source = site / Path(*module.split(".")).with_suffix(".py")
-    assert source.is_file(), f"{script} points at {module}, which the wheel does not ship"
+    assert source.is_file(), f"{name} points at {module}, which the wheel does not ship"
     defined = {node.name for node in ast.parse(source.read_text()).body if hasattr(node, "name")}
     assert function in defined
 
