@@ -220,6 +220,31 @@ _FINITE_DTYPES = (
     torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn,
     torch.float8_e5m2,
 )  # fmt: skip
+
+
+def _exchange(device: torch.device) -> str:
+    from weightsync_server.receiver import exchange_triton
+
+    # less than a vector row, one tile, some, and past one program's part
+    sizes = [16, 4096 * 4, 4096 * 4 + 16, 3 * 4096 * 4 - 16, 17 * 4096 * 4 + 48]
+    generator = torch.Generator().manual_seed(0)
+
+    def bytes_of(n: int) -> torch.Tensor:
+        return torch.randint(0, 256, (n,), dtype=torch.uint8, generator=generator).to(device)
+
+    pairs = [(bytes_of(n), bytes_of(n)) for n in sizes]
+    before = [(a.clone(), b.clone()) for a, b in pairs]
+    launch = exchange_triton.Launch(pairs)
+    found = []
+    for turn in (1, 2):
+        launch.run()
+        for n, (a, b), (x, y) in zip(sizes, pairs, before, strict=True):
+            want = (y, x) if turn == 1 else (x, y)
+            if not (torch.equal(a, want[0]) and torch.equal(b, want[1])):
+                found.append(f"{n} bytes after {turn}")
+    return "\n".join(found)
+
+
 #: on a GPU and in the interpreter
 CHECKS: dict[str, Check] = {
     **{f"bfloat16 {kind}": partial(_kind, kind, torch.bfloat16) for kind in KINDS},
@@ -236,6 +261,7 @@ CHECKS: dict[str, Check] = {
     "not finite": _not_finite,
     "nothing": _nothing,
     "digests": _digests_in_short_chunks,
+    "exchange": _exchange,
 }
 
 #: on a GPU alone: the interpreter takes too long

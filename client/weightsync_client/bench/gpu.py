@@ -28,8 +28,10 @@ from weightsync_client.demo.options import DemoOptions
 from weightsync_client.demo.processes import Deadline, Processes
 from weightsync_client.demo.stack import engine_environ
 
-CaseName = Literal["dense", "expandable", "cpu", "moe", "fp8", "split", "vllm_nccl"]
-CASES: tuple[CaseName, ...] = ("dense", "expandable", "cpu", "moe", "fp8", "split", "vllm_nccl")
+CaseName = Literal["dense", "expandable", "cpu", "shadow", "moe", "fp8", "split", "vllm_nccl"]
+CASES: tuple[CaseName, ...] = (
+    "dense", "expandable", "cpu", "shadow", "moe", "fp8", "split", "vllm_nccl"
+)  # fmt: skip
 #: cases that need more GPUs than some machines have: their absence is no failure
 MAY_LACK: frozenset[str] = frozenset({"vllm_nccl", "split"})
 #: what a case other than ``dense`` keeps of a push
@@ -125,7 +127,7 @@ class _Gpu:
             figures.failed["split"] = _FEW
         # All engines load at the same time, before anything is measured.
         engines: dict[str, Engine] = {}
-        if {"dense", "expandable", "cpu"} & {*cases}:
+        if {"dense", "expandable", "cpu", "shadow"} & {*cases}:
             engines["dense"] = self._engine("dense", dense)
         if "moe" in cases:
             engines["moe"] = self._engine("moe", experts)
@@ -211,6 +213,12 @@ class _Gpu:
             with self._case("cpu"), self._trainer("cpu", config, facts=facts) as trainer:
                 kept = ("trainer_cpu_thread", "trainer_cpu_process")
                 self._pushes("cpu", trainer, engine, kept, beside={})
+
+        if "shadow" in self._options.cases:
+            facts = {"mode": "shadow"}
+            with self._case("shadow"), self._trainer("shadow", config, facts=facts) as trainer:
+                kept = (*_KEPT, "prepare", "begin", "pause", "resume", "commit_install")
+                self._pushes("shadow", trainer, engine, kept, beside={})
 
     def _moe(self, engine: Engine, config: Path) -> None:
         with self._case("moe"), self._trainer("moe", config) as trainer:

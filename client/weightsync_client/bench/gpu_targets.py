@@ -33,6 +33,7 @@ def judge(figures: Figures) -> None:
             "write, of vLLM's packed NCCL transfer (at most 0.47 of its time)", 1 / 0.47, packed
         ),
         Target("paused, beyond the write", 0.020, figures.median("paused_beyond_write"), "s"),
+        Target("paused, in shadow mode", 0.030, figures.median("shadow_paused"), "s"),
         Target("write with expandable segments, of the write without", 0.95, expandable),
         Target("write of many small experts, of the copy", 0.85, experts),
         Target("fill with fp8 blocks, of a copy in the same memory", 0.70, fp8),

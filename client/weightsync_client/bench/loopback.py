@@ -250,7 +250,12 @@ def report_seconds(report: Mapping[str, Any]) -> dict[str, float]:
     return {
         "push": report["total_s"],
         "paused": report["paused_s"],
-        **{phase: report[f"{phase}_s"] for phase in PHASES if phase != "rendezvous"},
+        **{
+            phase: report[f"{phase}_s"]
+            for phase in PHASES
+            if phase not in ("rendezvous", "prepare")
+        },
+        **({"prepare": report["prepare_s"]} if report["prepare_s"] else {}),
         **{f"commit_{part}": s for part, s in slowest_parts(report).items()},
         "trainer_cpu_write": report["cpu_write_s"],
         "trainer_cpu_thread": report["cpu_thread_s"],

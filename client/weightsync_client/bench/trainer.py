@@ -22,6 +22,7 @@ from weightsync.errors import InputError, NoSessionError
 from weightsync.forecast import forecast
 from weightsync.lines import serve
 from weightsync.plan import Job
+from weightsync.protocol import PushMode
 from weightsync_client.demo.fp8 import quantize_checkpoint
 from weightsync_client.demo.sharded import join, own_device, shard
 from weightsync_client.progress import NoProgress
@@ -61,14 +62,20 @@ class Trainer:
         self._clock = _CpuClock()
         self._scanned: torch.Tensor | None = None
         self._quantization: QuantizationSpec | None = None
+        self._mode: PushMode = "direct"
 
     def make(
-        self, checkpoint: str | None = None, *, blocking_sync: bool = False, fp8: bool = False
+        self,
+        checkpoint: str | None = None,
+        *,
+        blocking_sync: bool = False,
+        fp8: bool = False,
+        mode: PushMode = "direct",
     ) -> dict[str, Any]:
         """Make the model with random weights; save it, if an engine shall load it.
 
         ``blocking_sync``: this process sleeps where it waits for its GPU, so that its CPU time is
-        what it computes.  ``fp8``: it is published, and saved, as fp8 blocks.
+        what it computes.  ``fp8``: it is published, and saved, as fp8 blocks.  ``mode``: of pushes.
         """
         import transformers
 
@@ -85,6 +92,7 @@ class Trainer:
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         self._model = model.eval().requires_grad_(False)
         self._quantization = QuantizationSpec() if fp8 else None
+        self._mode = mode
         if checkpoint is not None:
             self._model.save_pretrained(checkpoint)
             if fp8:
@@ -106,7 +114,7 @@ class Trainer:
         """Change every weight and push; the report, and the CPU seconds that the push took."""
         if self._publisher is None:
             self._publisher = Publisher(
-                agents, progress=self._clock, quantization=self._quantization
+                agents, progress=self._clock, quantization=self._quantization, mode=self._mode
             )
         torch._foreach_neg_(list(self._model.parameters()))
         self._synchronize()

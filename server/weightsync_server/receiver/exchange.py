@@ -100,6 +100,9 @@ def _kernel(pairs: Sequence[Pair]) -> Launch | None:
         return None
     from weightsync_server.receiver import exchange_triton
 
+    # compile the kernel now, not while the engine stands still at the first commit
+    tiny = torch.zeros(2, _KERNEL_NBYTES, dtype=torch.uint8, device=heads[0][0].device)
+    exchange_triton.Launch([(tiny[0], tiny[1])]).run()
     return exchange_triton.Launch(heads)
 
 
