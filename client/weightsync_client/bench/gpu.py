@@ -215,10 +215,10 @@ class _Gpu:
                 self._pushes("cpu", trainer, engine, kept, beside={})
 
         if "shadow" in self._options.cases:
-            facts = {"mode": "shadow"}
-            with self._case("shadow"), self._trainer("shadow", config, facts=facts) as trainer:
-                kept = (*_KEPT, "prepare", "begin", "pause", "resume", "commit_install")
-                self._pushes("shadow", trainer, engine, kept, beside={})
+            aside = {"mode": "shadow"}
+            with self._case("shadow"), self._trainer("shadow", config, facts=aside) as trainer:
+                parts = (*_KEPT, "prepare", "begin", "pause", "resume", "commit_install")
+                self._pushes("shadow", trainer, engine, parts, beside={})
 
     def _moe(self, engine: Engine, config: Path) -> None:
         with self._case("moe"), self._trainer("moe", config) as trainer:
