@@ -55,7 +55,7 @@ class LogProgress:
             _log, logging.INFO, "push", phase="done", outcome="committed", version=report.version,
             push_id=report.push_id, seconds=report.total_s, nbytes=report.nbytes,
             paused_s=report.paused_s, rate_bytes_per_s=round(report.rate_bytes_per_s),
-            agents=len(report.agents),
+            agents=len(report.agents), dropped=sum(not agent.ok for agent in report.agents),
         )  # fmt: skip
 
     def failed(self, phase: str, version: int, push_id: str, error: BaseException) -> None:
@@ -99,6 +99,14 @@ class TerminalProgress:
             highlight=False,
             soft_wrap=True,
         )
+        for agent in report.agents:
+            if not agent.ok:
+                self._console.print(
+                    f"  ✗ {agent.url} was dropped in {agent.phase}: {agent.error}",
+                    style="yellow",
+                    markup=False,
+                    soft_wrap=True,
+                )
 
     def failed(self, phase: str, version: int, push_id: str, error: BaseException) -> None:
         """Leave one line with what went wrong."""

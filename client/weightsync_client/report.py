@@ -20,7 +20,7 @@ class AgentOutcome:
     Attributes:
         url: The agent.
         state: Its state; ``unknown`` where it did not tell any more.
-        version: What its engine has.
+        version: What its engine has; 0 where it did not tell.
         seconds: What the agent and its slowest worker measured in commit, by part.
         ok: It has the version and serves it.  Else it was dropped:
         phase: in this phase,

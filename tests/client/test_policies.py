@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from jobs import same_error, same_report, sharded
 from reference import Agent
+from rich.console import Console
 from test_push import arrived
 from test_push_failures import inject_at_pause, refuse
 
@@ -24,6 +26,7 @@ from weightsync.errors import (
 from weightsync.transport.base import PreparedWrite
 from weightsync.transport.inmemory import Fabric, Faults, InMemoryTransport
 from weightsync_client import Deadlines, Publisher, Quorum
+from weightsync_client.progress import TerminalProgress
 
 Make = Callable[..., Any]
 #: the call that fails, and the phase that the report then names
@@ -252,3 +255,16 @@ def test_errors_of_the_trainer_itself_drop_nobody(
     weights["a"][0, 0] = 0.0
     report = same_report(job.push(sharded(weights, 2)))
     assert all(a.ok for a in report.agents)
+
+
+def test_a_terminal_names_who_was_dropped(make_agent: Make, make_publisher: Make) -> None:
+    console = Console(file=io.StringIO(), force_terminal=False, width=300)
+    bad = make_agent()
+    bad.before["/begin_update"] = refuse(EngineError("no more", hint="look"))
+    publisher = make_publisher(
+        make_agent(), bad, policy="available", progress=TerminalProgress(console)
+    )
+    publisher.push({"w": torch.ones(2)})
+    told = console.file.getvalue()
+    assert "✓ v1" in told
+    assert f"✗ {bad.url} was dropped in begin: agent {bad.url}: no more (look)" in told
