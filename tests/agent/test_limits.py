@@ -52,6 +52,15 @@ async def test_no_call_takes_a_body_over_the_limit_told_or_untold(small, fakes, 
     assert (await small.status())["state"] == "ready"
 
 
+@pytest.mark.parametrize("length", ["9" * 19, "9" * 5000, "-1", "0x10", "1e3"])
+async def test_a_length_that_is_none_or_too_large_is_refused(agent, length):
+    transport = httpx.ASGITransport(agent.agent.app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
+        answer = await http.post("/pause", headers={"Content-Length": length})
+        assert answer.status_code in {413, 422}
+        assert answer.json()["code"] in {"body_too_large", "invalid_input"}
+
+
 async def test_no_packed_record_inflates_beyond_its_limit(small, trainer):
     assert len(BOMB) < LIMIT
     t = trainer(small)

@@ -6,6 +6,7 @@ import httpx
 import pytest
 
 from weightsync.protocol import PROTOCOL_VERSION, SESSION_SECRET_HEADER
+from weightsync_server.agent.session_guard import _KEPT
 from weightsync_server.middleware import WeightsyncMiddleware
 from weightsync_server.same_host import is_loopback
 from weightsync_server.secret import HEADER
@@ -60,6 +61,19 @@ async def test_who_knows_the_session_but_not_its_secret_is_refused(
         assert (await t.commit(1))["version"] == 1
         await refused()  # not even a remembered answer
         await t.resume()
+
+
+async def test_a_flood_of_other_sessions_opens_no_one_elses(as_mine, trainer):
+    t = await trainer(as_mine).rendezvous()
+    await t.pause()  # from here on every other rendezvous is refused
+    body = calls(t)["/init_transfer"]
+    async with httpx.AsyncClient(base_url=as_mine.url, headers=THEIRS, trust_env=False) as other:
+        for n in range(_KEPT + 1):
+            answer = await other.post("/init_transfer", json=body | {"session": f"flood-{n}"})
+            assert answer.json()["code"] == "push_in_progress"
+        for path in calls(t):
+            answer = await other.post(path, json=calls(t)[path])
+            assert answer.json()["code"] == "forbidden", path
 
 
 async def test_a_person_may_abort_a_push_whoever_opened_its_session(as_mine, trainer):

@@ -317,7 +317,8 @@ class Agent:
             )
             async def handle(request: Request) -> R:
                 message = await parsed(kind, await request.body())
-                guard.check(message, request.headers.get(SESSION_SECRET_HEADER))
+                secret = request.headers.get(SESSION_SECRET_HEADER)
+                guard.check(message, secret, open_session=self.service.state.session)
                 return await call(message)
 
         post("/attach", AttachRequest, StepResponse, calls.attach)

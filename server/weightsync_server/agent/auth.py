@@ -24,6 +24,8 @@ from weightsync_server.secret import HEADER, same_secret
 
 #: no token needed: probes of a load balancer or an orchestrator, and the page, which asks for it
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/"})
+#: no body has a length with more
+_MAX_DIGITS = 19
 #: takes the engine's secret instead of the token
 REPLY_PATH = "/internal/reply"
 
@@ -109,7 +111,7 @@ class Gate:
 
     def _check_length(self, headers: Headers) -> None:
         length = headers.get("content-length", "0")
-        if not length.isdecimal():
+        if not length.isdecimal() or len(length) > _MAX_DIGITS:
             raise InputError(f"Content-Length is no number: {length[:32]!r}", hint="send a length")
         if int(length) > self._max_body_nbytes:
             raise self._too_large()
