@@ -107,6 +107,7 @@ class Target:
         self.memory = {name: _memory(prover, proofs, name, device) for name in self.copies}
         self.staged = {n for n in self.memory if proofs.mode(n) != "direct"}
         self.landing = dict(self.memory)
+        self._flat: dict[tuple[int, bool], torch.Tensor] = {}
         self._slab: LocalMemory | None = None
         if shadow_of is not None:
             shadow = shadow_of({n: t for n, t in self.memory.items() if n not in self.staged})
@@ -228,9 +229,12 @@ class Target:
 
     def piece(self, region: int, offset: int, nbytes: int, *, shadow: bool = True) -> torch.Tensor:
         """Bytes of a region, as flat uint8 in place; not ``shadow``: of what serves instead."""
-        name = self.layout.regions[region].name
-        memory = self.landing[name] if shadow else self.memory[name]
-        return flat_bytes(memory)[offset : offset + nbytes]
+        flat = self._flat.get((region, shadow))
+        if flat is None:  # made once: the engine stands still when they are compared
+            name = self.layout.regions[region].name
+            flat = flat_bytes(self.landing[name] if shadow else self.memory[name])
+            self._flat[region, shadow] = flat
+        return flat[offset : offset + nbytes]
 
     def rebuild(self, manifest: Manifest) -> dict[str, torch.Tensor]:
         """Checkpoint tensors, flat on the CPU, from the regions: parts that land nowhere are 0.
