@@ -92,6 +92,18 @@ def test_an_agent_does_not_start_with_a_bad_token_file(token_file):
         load_settings(argv, {})
 
 
+def test_a_token_that_others_can_read_or_guess_is_warned_of(token_file, caplog):
+    settings = AgentSettings(engine_url="http://127.0.0.1:9", token_file=token_file)
+    token_file.chmod(0o640)
+    Tokens.of(settings)
+    assert caplog.text == ""
+    token_file.write_text("short")
+    token_file.chmod(0o644)
+    Tokens.of(settings)
+    assert "can be guessed" in caplog.text
+    assert f"chmod o= {token_file}" in caplog.text
+
+
 def test_callers_send_the_first_line(token_file):
     put(token_file, f"{NEW}\n{OLD}\n")
     assert read_tokens(token_file)[0] == NEW

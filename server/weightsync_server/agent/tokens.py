@@ -7,6 +7,7 @@ import hmac
 import ipaddress
 import logging
 import math
+import stat
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 
 Peer = tuple[str, int]
 
+#: characters of a token that is warned of
+SHORT = 16
 #: seconds between two looks at the token file
 LOOK_S = 1.0
 #: wrong tokens that an address may send before it has to wait
@@ -53,10 +56,16 @@ class Tokens:
         Raises:
             InputError: See :func:`weightsync.tokens.read_tokens`.
         """
-        if settings.token_file is not None:
-            return cls(read_tokens(settings.token_file), settings.token_file)
-        token = settings.token
-        return None if token is None else cls([token.get_secret_value()])
+        file, token = settings.token_file, settings.token
+        if file is None and token is None:
+            return None
+        given = [token.get_secret_value()] if token is not None else []
+        tokens = given if file is None else read_tokens(file)
+        if min(map(len, tokens)) < SHORT:
+            log.warning("a token of less than %d characters can be guessed", SHORT)
+        if file is not None and file.stat().st_mode & stat.S_IROTH:
+            log.warning("every user of this host can read %s: chmod o= %s", file, file)
+        return cls(tokens, file)
 
     def accept(self, given: str) -> bool:
         """Whether this is one of them; the time it takes tells nothing about them."""
