@@ -128,7 +128,7 @@ class CatchUp(Attempt):
         if session is None or version is None or len(sent) > 1:
             raise NoSessionError(
                 "the slots hold no version that was pushed: there was no push yet, or the last one "
-                "failed",
+                "failed, or writes of it were given up and may still land",
                 hint="push reaches every agent",
             )
         if (rounds := max(has.rounds for has in ranks)) > 2:

@@ -21,6 +21,7 @@ from thread_ranks import on_all
 
 from weightsync.errors import (
     AgentUnreachableError,
+    DeadlineError,
     EngineDetachedError,
     EngineError,
     EnginePausedError,
@@ -29,10 +30,11 @@ from weightsync.errors import (
     ManifestError,
     NoSessionError,
     PeerLostError,
+    RankFailedError,
     WeightSyncError,
 )
 from weightsync.manifest import Manifest
-from weightsync.transport.inmemory import Fabric
+from weightsync.transport.inmemory import Fabric, InMemoryTransport
 from weightsync_client import Publisher
 
 Make = Callable[..., Any]
@@ -457,3 +459,97 @@ def same_error_of_check(results: list[Any], kind: type[WeightSyncError]) -> Weig
     assert [type(r) for r in results] == [kind] * len(results), results
     assert {str(r) for r in results} == {str(results[0])}
     return results[0]
+
+
+# ------------------------------------------------------------------ every way out, on all ranks
+
+
+class Struck(InMemoryTransport):
+    """One of its calls fails for some peers, once it is armed."""
+
+    def __init__(self, fabric: Fabric, call: str, hits: Callable[[str], BaseException | None]):
+        super().__init__(fabric, "struck")
+        known = getattr(self, call)
+
+        def struck(what: Any, *args: Any, **kwargs: Any) -> Any:
+            peers = [what] if call == "prepare" else [getattr(w, "peer", "") for w in _listed(what)]
+            for peer in peers:
+                if (error := hits(peer)) is not None:
+                    raise error
+            return known(what, *args, **kwargs)
+
+        setattr(self, call, struck)
+
+
+def _listed(what: Any) -> list[Any]:
+    return list(what) if isinstance(what, list | tuple) else [what]
+
+
+@pytest.mark.parametrize("error", [PeerLostError("gone", hint="look"), KeyboardInterrupt()])
+@pytest.mark.parametrize("call", ["prepare", "post", "wait"])
+@pytest.mark.parametrize("does", ["push", "warmup", "catch_up"])
+def test_what_fails_on_one_rank_with_a_newcomer_ends_on_all_and_the_next_push_is_whole(
+    does: str, call: str, error: BaseException, make_agent: Make, make_job: Make, weights: Any,
+    fabric: Fabric,
+) -> None:  # fmt: skip
+    old, new = make_agent(), make_agent()
+    there, armed = [old.url], [True]
+
+    def hits(peer: str) -> BaseException | None:
+        return error if armed[0] and peer == getattr(new.workers[0].transport, "name", "") else None
+
+    job = make_job(
+        ranks=2, agents=lambda: there, coalesce_bytes=0, zero_copy_bytes=0,
+        transports={1: lambda: Struck(fabric, call, hits)},
+    )  # fmt: skip
+    shards = sharded(weights, 2)
+    same_report(job.push(shards))
+    there.append(new.url)
+    if does == "catch_up":
+        results = on_ranks(job, lambda p: p.catch_up(new.url))
+    else:
+        calls = [partial(getattr(p, does), s) for p, s in zip(job.publishers, shards, strict=True)]
+        results = on_all(calls)
+    assert type(results[1]) is type(error)
+    own = isinstance(error, KeyboardInterrupt)
+    assert type(results[0]) is (RankFailedError if own else PeerLostError)
+    assert "rank 1: " in str(results[0])
+    if call == "prepare" or does == "warmup":
+        assert old.state.phase == new.state.phase == "ready", "nothing was written to an engine"
+    if does == "catch_up":
+        assert (old.state.phase, old.state.version) == ("ready", 1), "it is no party to it"
+
+    armed[0] = False
+    report = same_report(job.push(shards))
+    assert [a.ok for a in report.agents] == [True, True]
+    assert arrived(old, weights)
+    assert arrived(new, weights)
+    for agent in (old, new):
+        assert agent.generating
+
+
+def test_a_write_that_one_rank_gave_up_ends_the_epoch_of_all(
+    make_agent: Make, make_job: Make, weights: Any, fabric: Fabric
+) -> None:
+    good, bad = make_agent(), make_agent()
+    armed = [True]
+
+    def hits(peer: str) -> BaseException | None:
+        late = DeadlineError("not completed", hint="push again")
+        return late if armed[0] and peer == bad.workers[0].transport.name else None
+
+    job = make_job(
+        good, bad, ranks=2, policy="available", coalesce_bytes=0, zero_copy_bytes=0,
+        transports={1: lambda: Struck(fabric, "wait", hits)},
+    )  # fmt: skip
+    shards = sharded(weights, 2)
+    report = same_report(job.push(shards))
+    assert [(a.ok, a.code) for a in report.agents] == [(True, ""), (False, "deadline_exceeded")]
+    assert arrived(good, weights)
+    results = on_ranks(job, lambda p: p.catch_up(bad.url))
+    assert [type(r) for r in results] == [NoSessionError] * 2, "it may still land (WS-8)"
+    armed[0] = False
+    report = same_report(job.push(shards))
+    assert [a.ok for a in report.agents] == [True, True]
+    assert [a.calls.count("/init_transfer") for a in (good, bad)] == [2, 2]
+    assert arrived(bad, weights)
