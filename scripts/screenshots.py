@@ -1,7 +1,7 @@
 """Pictures of the status page for docs/images: ``make screenshots``.
 
-A real agent with the torch engine, some pushes, one that fails before it begins, and one whose
-bytes are spoilt on their way, which leaves the engine torn.
+A real agent with the torch engine, some pushes, one that fails before it begins, two in shadow
+mode, and one whose bytes are spoilt on their way, which leaves the engine torn.
 """
 
 from __future__ import annotations
@@ -77,8 +77,9 @@ def main() -> None:
                 raise WeightSyncError("the trainer is out of memory")
 
             stack.failing_push(WeightSyncError, at="begin", do=gone)
-            for _ in range(2):
-                stack.push()
+            with stack.new_publisher(mode="shadow", deadlines=Deadlines()) as publisher:
+                for _ in range(2):
+                    publisher.push(stack.weights())
             asyncio.run(
                 shoot_all(
                     stack.agent.url,
