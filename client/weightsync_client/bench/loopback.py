@@ -148,6 +148,7 @@ class _Loopback:
             self._told("writes in pieces of several sizes")
             self._works("descriptors", lambda: self._sweep(baselines))
         if figures.descriptors:
+            figures.notes.append("The raw writes in pieces wait as a push does, without a spin.")
             self._works("prediction", lambda: self._predict(trainer))
         figures.notes.append(
             "The file of the safetensors baseline lies in memory: no disk slows it."

@@ -35,8 +35,7 @@ def sheets(answer: Mapping[str, Any]) -> Iterator[Sheet]:
         Sheet("CPU of the trainer", ("what", "figure"), list(_cpu(answer))),
         Sheet("Planning", _PLAN_HEADS, list(_sizes(answer))),
         Sheet(
-            "One raw NIXL write, in pieces, waiting as a push does",
-            ("piece", "pieces", "seconds", "rate"),
+            "One raw NIXL write, in pieces", ("piece", "pieces", "seconds", "rate"),
             list(_descriptors(answer)),
         ),
         Sheet("Not measured", ("what", "why"), list(_failed(answer))),
