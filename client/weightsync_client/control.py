@@ -29,6 +29,7 @@ from weightsync.errors import (
     from_problem,
 )
 from weightsync.protocol import SESSION_SECRET_HEADER, Message
+from weightsync_client.bearer import Bearer, Token
 from weightsync_client.settings import Deadlines
 from weightsync_client.threads import DaemonPool
 from weightsync_client.tls import tls_hint
@@ -218,7 +219,7 @@ class Fleet:
 
     Args:
         urls: ``http(s)://host:port`` of each agent; None: :meth:`use` names them.
-        token: Bearer token; None: none is sent.
+        token: Bearer token, or its file; None: none is sent.
         verify: True, or the TLS context to check the agents' certificates with.
         server_name: What the certificates are made out to; None: the hosts of ``urls``.
 
@@ -230,7 +231,7 @@ class Fleet:
         self,
         urls: Sequence[str] | None,
         *,
-        token: str | None,
+        token: Token | None,
         deadlines: Deadlines,
         verify: ssl.SSLContext | bool = True,
         server_name: str | None = None,
@@ -242,11 +243,10 @@ class Fleet:
         checked = () if urls is None else checked_urls(urls)
         # What it opens at its agents is its own: see weightsync.protocol.SESSION_SECRET_HEADER.
         headers = {SESSION_SECRET_HEADER: secrets.token_urlsafe(32)}
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
         # The environment's proxies are for the internet, not for the fleet (trust_env).
         self._http = httpx.Client(
             headers=headers,
+            auth=Bearer(token) if token else None,
             limits=httpx.Limits(max_keepalive_connections=None, keepalive_expiry=60.0),
             trust_env=False,
             verify=verify,

@@ -18,6 +18,7 @@ from weightsync.protocol import PauseMode, PushMode
 from weightsync.slab import ALIGN_NBYTES
 from weightsync.topology import cuda_address
 from weightsync.transport.base import Transport
+from weightsync_client.bearer import Token
 from weightsync_client.catch_up import CatchUp
 from weightsync_client.control import Fleet
 from weightsync_client.gloo import make_ranks
@@ -59,7 +60,8 @@ class Publisher:
             report names who was dropped; each takes part in the next push again.
         wait_for_agents_s: At first, wait so long for agents, and for their engines, that are not
             there yet.
-        token: The agents' bearer token; default: ``WEIGHTSYNC_TOKEN``.
+        token: The agents' bearer token, or the Path of its file, which is read for every call;
+            default: ``WEIGHTSYNC_TOKEN``, or the file that ``WEIGHTSYNC_TOKEN_FILE`` names.
         transport: ``nixl``; ``ucxx``, for which engines need ``WEIGHTSYNC_TRANSPORT=ucxx``; or
             what makes a :class:`weightsync.transport.base.Transport` with a name of its own, once
             an epoch; the device of the slots is the current one then.
@@ -113,7 +115,7 @@ class Publisher:
         *,
         policy: Policy = "all",
         wait_for_agents_s: float = 0.0,
-        token: str | None = None,
+        token: Token | None = None,
         transport: Literal["nixl", "ucxx"] | Callable[[], Transport] = "nixl",
         check_finite: bool = True,
         mode: PushMode = "direct",

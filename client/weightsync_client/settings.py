@@ -52,9 +52,13 @@ class Deadlines(BaseModel):
         return min(base_s + nbytes / self.floor_bytes_per_s, 86_400.0)
 
 
-def token_from_env() -> str | None:
-    """The agents' bearer token as ``WEIGHTSYNC_TOKEN`` has it; None where it is unset or empty."""
-    return os.environ.get("WEIGHTSYNC_TOKEN") or None
+def token_from_env() -> str | Path | None:
+    """The agents' bearer token in ``WEIGHTSYNC_TOKEN``, or its file in ``WEIGHTSYNC_TOKEN_FILE``.
+
+    None where both are unset or empty.
+    """
+    file = os.environ.get("WEIGHTSYNC_TOKEN_FILE")
+    return os.environ.get("WEIGHTSYNC_TOKEN") or (Path(file) if file else None)
 
 
 class TlsFiles(NamedTuple):

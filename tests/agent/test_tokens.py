@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 import httpx
@@ -10,7 +11,7 @@ import pytest
 from weightsync.errors import AuthError, InputError, TooManyAttemptsError
 from weightsync.tokens import read_tokens
 from weightsync_client.control import Fleet
-from weightsync_client.settings import Deadlines
+from weightsync_client.settings import Deadlines, token_from_env
 from weightsync_server.agent import tokens as agent_tokens
 from weightsync_server.agent.settings import AgentSettings, load_settings
 from weightsync_server.agent.tokens import ALLOWED, LOCK_S, REMEMBERED, FailedAttempts, Tokens
@@ -203,7 +204,7 @@ def test_what_is_remembered_of_addresses_is_bounded():
 # ---------------------------------------------------------------- the trainer
 
 
-def answers(*statuses: int):
+def answers(*statuses: int, retry_after_s: float = 0.01):
     """A transport that answers with these statuses, one after another."""
     left = list(statuses)
 
@@ -211,7 +212,7 @@ def answers(*statuses: int):
         status = left.pop(0)
         if status == 200:
             return httpx.Response(200, json={"state": "ready"})
-        error = TooManyAttemptsError("too many", retry_after_s=0.01)
+        error = TooManyAttemptsError("too many", retry_after_s=retry_after_s)
         return httpx.Response(status, json=error.to_problem())
 
     return httpx.MockTransport(handle), left
@@ -225,11 +226,36 @@ def test_a_trainer_waits_until_its_address_is_heard_again():
 
 
 def test_a_trainer_waits_no_longer_than_its_deadline():
-    transport, _ = answers(*[429] * 100)
-    deadlines = Deadlines(grace_s=0.02)
+    transport, left = answers(429, 200, retry_after_s=60)
+    deadlines = Deadlines(grace_s=5)
     with (
         Fleet(["http://a:1"], token=OLD, deadlines=deadlines, transport=transport) as fleet,
         pytest.raises(AuthError) as caught,
     ):
-        fleet.agents[0].get("/status", timeout_s=0.02)
+        fleet.agents[0].get("/status", timeout_s=5)
     assert caught.value.code == "too_many_attempts"
+    assert left == [200]
+
+
+async def test_a_trainer_follows_its_token_file(make_agent, engine, token_file, monkeypatch):
+    monkeypatch.setattr(agent_tokens, "LOOK_S", 0.0)
+    agent = await make_agent(engine.url, token=OLD, token_file=token_file)
+
+    def ask(fleet: Fleet) -> str:
+        return fleet.agents[0].get("/status", timeout_s=5)["state"]
+
+    monkeypatch.delenv("WEIGHTSYNC_TOKEN", raising=False)
+    monkeypatch.setenv("WEIGHTSYNC_TOKEN_FILE", str(token_file))
+    with Fleet([agent.url], token=token_from_env(), deadlines=Deadlines()) as fleet:
+        assert await asyncio.to_thread(ask, fleet) == "ready"
+        put(token_file, NEW)
+        assert await asyncio.to_thread(ask, fleet) == "ready"
+        put(token_file, "")
+        with pytest.raises(InputError, match="token file"):
+            await asyncio.to_thread(ask, fleet)
+
+
+def test_a_trainers_bad_token_is_refused_before_any_call(tmp_path):
+    for token in (tmp_path / "none", "two words"):
+        with pytest.raises(InputError):
+            Fleet(["http://127.0.0.1:9"], token=token, deadlines=Deadlines())

@@ -22,6 +22,7 @@ from weightsync.errors import (
     WeightSyncError,
 )
 from weightsync.tokens import read_tokens
+from weightsync_client.bearer import Token
 from weightsync_client.control import Fleet
 from weightsync_client.settings import Deadlines, TlsFiles, token_from_env
 from weightsync_client.tls import tls_context
@@ -111,15 +112,16 @@ def tell_error(command: str, error: WeightSyncError) -> None:
     sys.stderr.write("\n".join(lines) + "\n")
 
 
-def read_token(path: Path | None) -> str | None:
-    """The bearer token: of the file its first line, else ``WEIGHTSYNC_TOKEN``, else none.
+def read_token(path: Path | None) -> Token | None:
+    """The bearer token: its file, else what the environment says, else none.
 
     Raises:
         InputError: The file cannot be read, or holds no token.
     """
     if path is None:
         return token_from_env()
-    return read_tokens(path)[0]
+    read_tokens(path)
+    return path
 
 
 def tls_of_command() -> ssl.SSLContext | Literal[True]:
