@@ -81,7 +81,8 @@ class Attempt:
         """End the phase that runs, and start the next."""
         progress, now = self.settings.progress, time.perf_counter()
         if self._phase in self.seconds:
-            seconds = self.seconds[self._phase] = now - self._phase_started
+            seconds = now - self._phase_started
+            self.seconds[self._phase] += seconds  # a push whose shadow is partial writes twice
             session = self.held.session
             nbytes = 0 if session is None else session.job.nbytes
             self.recorder.add("phases", self._phase, self._phase_started, now)

@@ -61,6 +61,7 @@ class Peers:
         slots: What is written from; registered.
         plan: Of this rank.
         staged_only: Nothing is written to live memory.
+        split: The one round goes in two steps: what lands beside live weights, then the rest.
 
     Attributes:
         members: By the agent's URL.
@@ -68,7 +69,13 @@ class Peers:
     """
 
     def __init__(
-        self, transport: Transport, slots: Slots, plan: TransportPlan, *, staged_only: bool
+        self,
+        transport: Transport,
+        slots: Slots,
+        plan: TransportPlan,
+        *,
+        staged_only: bool,
+        split: bool = False,
     ) -> None:
         self.members: dict[str, Member] = {}
         self.in_flight = False
@@ -76,6 +83,7 @@ class Peers:
         self._slots = slots
         self._plan = plan
         self._staged_only = staged_only
+        self._split = split
         self._posts: dict[str, list[list[_Post]]] = {}
         self._handles: dict[str, ExitStack] = {}
         self._posted_at: dict[Worker, float] = {}
@@ -100,7 +108,7 @@ class Peers:
         failed: dict[str, WeightSyncError] = {}
         for url in urls:
             self._handles[url] = ExitStack()
-            self._posts[url] = [[] for _ in self._plan.rounds]
+            self._posts[url] = [[] for _ in range(2 if self._split else len(self._plan.rounds))]
             try:
                 for worker in self.members[url].workers:
                     self._prepare(worker, self._posts[url], self._handles[url])
@@ -110,30 +118,31 @@ class Peers:
 
     def _prepare(self, worker: Worker, posts: list[list[_Post]], handles: ExitStack) -> None:
         slab = self._slots.slab.memory
-        rounds = [k for k, each in enumerate(self._plan.rounds) if each.writes[worker.like]]
-        if not rounds:
-            return
         regions = worker.layout.regions
-        sides = {
-            Side(regions[w.region].kind, regions[w.region].device_id)
-            for w in self._plan.writes[worker.like]
-        }
-        if len(sides) > 1:  # a notification covers one prepared write (WS-2)
-            raise LayoutError(
-                f"regions of worker {worker.place} are in several kinds of memory: {sides}",
-                hint="stage in the memory that the kernel tensors are in",
-                worker=worker.place,
-            )
-        (remote,) = sides
+        steps = [list(each.writes[worker.like]) for each in self._plan.rounds]
+        if self._split:
+            live = [w for w in steps[0] if regions[w.region].mode == "direct"]
+            steps = [[w for w in steps[0] if regions[w.region].mode != "direct"], live]
+        used = [k for k, writes in enumerate(steps) if writes]
+        if not used:
+            return
         peer = self._names[worker] = self._transport.add_peer(worker.metadata)
         # before the slots go: a write that was given up may still be on its way (WS-3)
         handles.callback(self._transport.remove_peer, peer)
-        for k in rounds:
+        for k in used:
+            sides = {Side(regions[w.region].kind, regions[w.region].device_id) for w in steps[k]}
+            if len(sides) > 1:  # a notification covers one prepared write (WS-2)
+                raise LayoutError(
+                    f"regions of worker {worker.place} are in several kinds of memory: {sides}",
+                    hint="stage in the memory that the kernel tensors are in",
+                    worker=worker.place,
+                )
+            (remote,) = sides
             ops = [
                 WriteOp(
                     self._slots.address(w.slot_offset), regions[w.region].addr + w.offset, w.nbytes
                 )
-                for w in self._plan.rounds[k].writes[worker.like]
+                for w in steps[k]
                 if not self._staged_only or regions[w.region].mode == "staged"
             ]
             if not ops:
@@ -142,12 +151,12 @@ class Peers:
                 peer, ops, local=Side(slab.kind, slab.device_id), remote=remote
             )
             handles.enter_context(write)
-            posts[k].append(_Post(worker, write, k == rounds[-1]))
+            posts[k].append(_Post(worker, write, k == used[-1]))
 
     def write(
         self, k: int, version: int, to: Iterable[str], deadline: float, *, strict: bool
     ) -> dict[str, WeightSyncError]:
-        """Post round ``k`` to these agents and wait for it; what failed, by URL.
+        """Post round (or step) ``k`` to these agents and wait for it; what failed, by URL.
 
         Raises:
             TransportError, DeadlineError: With ``strict``, the first failure.
@@ -159,7 +168,8 @@ class Peers:
         # All earlier rounds have completed, so a last write's message follows them (WS-2).
         for post in [post for url in to for post in self._posts[url][k]]:
             message = f"{self.members[post.worker.agent].epoch}:{version}:{self._plan.rank}"
-            message = f"ws:{message}" if post.last else f"part:{message}:{k}"
+            early = f"shadow:{message}" if self._split else f"part:{message}:{k}"
+            message = f"ws:{message}" if post.last else early
             self._posted_at.setdefault(post.worker, time.perf_counter())
             try:
                 self._transport.post(post.write, message.encode())

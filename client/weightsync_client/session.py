@@ -110,7 +110,11 @@ class Session:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 self._transport = self._owned.enter_context(make_transport())
             self._owned.enter_context(self._transport.register(self.slots.memory))
-            self._peers = Peers(self._transport, self.slots, plan, staged_only=staged_only)
+            modes = {region.mode for layout in layouts for region in layout.regions}
+            self.split = {"shadow", "direct"} <= modes and self.rounds == 1
+            self._peers = Peers(
+                self._transport, self.slots, plan, staged_only=staged_only, split=self.split
+            )
             self._owned.callback(self._peers.close)
         except BaseException:
             self._owned.close()
@@ -251,6 +255,7 @@ class Session:
         timeout_s: float,
         agents: Collection[str] | None = None,
         strict: bool = True,
+        steps: Iterable[int] | None = None,
     ) -> dict[str, WeightSyncError]:
         """Post every worker's writes and wait until all have completed at the far end (WS-3).
 
@@ -261,6 +266,7 @@ class Session:
             timeout_s: For all rounds; once more for the others, where some let it pass.
             agents: Whom to write to; None: every member.
             strict: The first failure is raised.
+            steps: Of a session that is ``split``: 0, what lands beside live weights; 1, the rest.
 
         Returns:
             Unless ``strict``: what failed, by the agent's URL; the others have all bytes.
@@ -275,7 +281,7 @@ class Session:
         whom = list(self.members if agents is None else agents)
         # Its end waits for the fill, whatever else went wrong: nobody frees slots that are filled.
         with ThreadPoolExecutor(1, "weightsync-fill") as aside:
-            for k in range(self.rounds):
+            for k in steps or range(2 if self.split else self.rounds):
                 if time.monotonic() > deadline:
                     raise DeadlineError(
                         f"version {version}: {k} of {self.rounds} rounds in {timeout_s:.1f} s",

@@ -9,19 +9,25 @@ from weightsync.protocol import (
     RollbackRequest,
 )
 from weightsync_client.control import Agent
+from weightsync_client.peers import Worker
 from weightsync_client.session import Session
 from weightsync_client.transaction import Stage, Transaction
 
 
 def lands_aside(session: Session) -> bool:
     """Whether nothing is written to what serves: no engine need stop before the commit (WS-1)."""
-    return all(r.mode != "direct" for w in session.workers for r in w.layout.regions)
+    return not any(_lands_live(worker) for worker in session.workers)
+
+
+def _lands_live(worker: Worker) -> bool:
+    return any(region.mode == "direct" for region in worker.layout.regions)
 
 
 class ShadowTransaction(Transaction):
     """Begin all, (write), prepare all, pause all, commit all, resume all.
 
-    Until the commit nothing that an engine serves with has changed (WS-1); what was checked before
+    Where the shadows hold only a part, the rest is written after the pause: :meth:`begin_live`.
+    Until then nothing that an engine serves with has changed (WS-1); what was checked before
     the pause is not checked again in it (WS-4).
     """
 
@@ -56,9 +62,19 @@ class ShadowTransaction(Transaction):
                 timeout_s=timeout_s,
             )
             self._post(agent, "/prepare_commit", request, timeout_s)
-            self._digests[agent.url] = []
+            if not any(_lands_live(worker) for worker in self._members[agent.url].workers):
+                self._digests[agent.url] = []
 
         self._roster.each("prepare", call)
+
+    def begin_live(self) -> None:
+        """The engines stand still: what has no shadow may be written now (WS-1)."""
+
+        def call(agent: Agent) -> None:
+            request = super(ShadowTransaction, self)._begin(agent)
+            self._post(agent, "/begin_update", request, self._deadlines.begin_s)
+
+        self._roster.each("begin", call)
 
     def _take_back(self, agent: Agent) -> None:
         request = RollbackRequest(

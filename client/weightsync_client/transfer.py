@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,7 +47,10 @@ class Transfer:
         self._deadlines = attempt.settings.deadlines
         self._filled_at = 0.0
         self._marks: list[list[Mark]] = []
-        self._waits = attempt.settings.mode == "shadow" and lands_aside(session)
+        # what lands beside live weights goes before the pause; all of it, or what there is room for
+        aside = lands_aside(session)
+        self._splits = not aside and session.split and session.most_rounds == 1
+        self._waits = attempt.settings.mode == "shadow" and (aside or self._splits)
 
     def run(
         self,
@@ -82,9 +85,18 @@ class Transfer:
         attempt.wrote_nothing = False
         write_s = deadlines.for_bytes(deadlines.write_s, session.nbytes)
         commit_s = deadlines.for_bytes(deadlines.commit_s, session.job.nbytes)
+        if self._splits:
+            lost = attempt.meet(
+                "aside", lambda: self._write(source(), write_s, (0,)),
+                lambda parts: self._check_and_pause(parts, commit_s),
+                kind=_Wrote, result=list[str],
+                work_s=write_s if attempt.roster.strict else 2 * write_s,
+                decide_s=commit_s + deadlines.pause_s + deadlines.begin_s + 3 * deadlines.grace_s,
+            )  # fmt: skip
+            self._drop(lost)
         report = attempt.meet(
             "write",
-            lambda: self._write(source(), write_s),
+            lambda: self._write(source(), write_s, (1,) if self._splits else None),
             lambda parts: self._commit_and_resume(parts, commit_s),
             kind=_Wrote, result=PushReport,
             work_s=write_s if attempt.roster.strict else 2 * write_s,
@@ -132,7 +144,29 @@ class Transfer:
         attempt.recorder.anchor = time.perf_counter()
         return [url for url in before if url not in roster.urls]
 
-    def _write(self, source: WeightSource | None, timeout_s: float) -> _Wrote:
+    def _check_and_pause(self, parts: list[_Wrote], commit_s: float) -> list[str]:
+        """Of a shadow that holds a part: it is written; the rest goes to live memory next."""
+        attempt, roster, transaction = self._attempt, self._attempt.roster, self._shadowed()
+        before = roster.urls
+        roster.drop("write", failures([part.failed for part in parts]))
+        attempt.enter("prepare")
+        transaction.prepare(timeout_s=commit_s)
+        attempt.enter("pause")
+        transaction.pause()
+        attempt.enter("begin")
+        transaction.begin_live()
+        attempt.enter("write")
+        return [url for url in before if url not in roster.urls]
+
+    def _shadowed(self) -> ShadowTransaction:
+        transaction = self._attempt.transaction
+        if not isinstance(transaction, ShadowTransaction):
+            raise NoSessionError("no push was begun", hint="push again")
+        return transaction
+
+    def _write(
+        self, source: WeightSource | None, timeout_s: float, steps: Sequence[int] | None
+    ) -> _Wrote:
         """Write to everybody; what failed, if the policy bears that."""
         attempt, roster = self._attempt, self._attempt.roster
         if attempt.transaction is not None:
@@ -152,6 +186,7 @@ class Transfer:
                 timeout_s=timeout_s,
                 agents=[url for url in roster.urls if url not in failed],
                 strict=roster.strict,
+                steps=steps,
             )
         attempt.recorder.writes(self._session.written())
         marks = attempt.recorder.told() if attempt.held.ranks.rank else []
@@ -164,7 +199,7 @@ class Transfer:
         self._marks = [part.marks for part in parts]
         attempt.roster.drop("write", failures([part.failed for part in parts]))
         nbytes = session.job.nbytes
-        if isinstance(transaction, ShadowTransaction):
+        if isinstance(transaction, ShadowTransaction) and not self._splits:
             attempt.enter("prepare")
             transaction.prepare(timeout_s=commit_s)
             attempt.enter("pause")
