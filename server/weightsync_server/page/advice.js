@@ -23,7 +23,10 @@ const STATES = {
           do: ["Wait: this lasts as long as the phases below. If its trainer is gone, the agent gives the push up by itself and resumes the engine."],
         },
   receiving: (s) => ({
-    means: `Version ${s.target} is being written over version ${s.version}. The engine answers no request meanwhile.`,
+    means:
+      s.target === null
+        ? "The engine takes back weights that it had. It answers no request meanwhile."
+        : `Version ${s.target} is being written over version ${s.version}. The engine answers no request meanwhile.`,
     do: ["Wait. If the trainer falls silent, the agent gives the push up by itself; the engine is then torn, or ready where nothing live was touched."],
   }),
   shadowing: (s) => ({
@@ -38,7 +41,10 @@ const STATES = {
       ...(s.rollback_to === null || s.rollback_to === undefined
         ? []
         : [`Or put version ${s.rollback_to} back, which every worker has kept:`, { code: `weightsync rollback ${location.origin}` }]),
-      "Or have the engine load whole weights again (weightsync reload, POST /reload), or restart it.",
+      ...(s.workers.some((worker) => worker.checkpoint)
+        ? ["Or have it load the checkpoint again that it was started with, as version 0:", { code: `weightsync reload ${location.origin}` }]
+        : []),
+      "Or restart it.",
     ],
   }),
   detached: (s) => ({
