@@ -43,22 +43,22 @@ async def endless():
         yield b" " * 65_536
 
 
-@pytest.mark.parametrize("path", [*CALLS, REPLY_PATH])
-async def test_no_call_takes_a_body_over_the_limit_told_or_untold(small, fakes, path):
-    headers = {HEADER: fakes.SECRET} if path == REPLY_PATH else {}
-    for content in (b" " * (LIMIT + 1), endless()):
-        answer = await small.http.post(path, content=content, headers=headers)
-        assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
+async def test_no_call_takes_a_body_over_the_limit_told_or_untold(small, fakes):
+    for path in (*CALLS, REPLY_PATH):
+        headers = {HEADER: fakes.SECRET} if path == REPLY_PATH else {}
+        for content in (b" " * (LIMIT + 1), endless()):
+            answer = await small.http.post(path, content=content, headers=headers)
+            assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large"), path
     assert (await small.status())["state"] == "ready"
 
 
-@pytest.mark.parametrize("length", ["9" * 19, "9" * 5000, "-1", "0x10", "1e3"])
-async def test_a_length_that_is_none_or_too_large_is_refused(agent, length):
+async def test_a_length_that_is_none_or_too_large_is_refused(agent):
     transport = httpx.ASGITransport(agent.agent.app)
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
-        answer = await http.post("/pause", headers={"Content-Length": length})
-        assert answer.status_code in {413, 422}
-        assert answer.json()["code"] in {"body_too_large", "invalid_input"}
+        for length in ("9" * 19, "9" * 5000, "-1", "0x10", "1e3"):
+            answer = await http.post("/pause", headers={"Content-Length": length})
+            assert answer.status_code in {413, 422}, length
+            assert answer.json()["code"] in {"body_too_large", "invalid_input"}, length
 
 
 async def test_no_packed_record_inflates_beyond_its_limit(small, trainer):
@@ -82,7 +82,7 @@ async def test_no_packed_record_inflates_beyond_its_limit(small, trainer):
 
 
 def test_a_record_that_inflates_a_thousandfold_is_stopped_at_its_limit():
-    bomb = base64.b64encode(zlib.compress(b"\0" * 200_000_000, 9)).decode()
+    bomb = base64.b64encode(zlib.compress(b"\0" * 20_000_000, 9)).decode()
     with pytest.raises(BodyTooLargeError):
         unpack(bomb, str, max_nbytes=UNPACKED)
 
@@ -105,19 +105,19 @@ def test_a_trainer_takes_no_answer_over_its_limit(monkeypatch):
         f.agents[0].get("/status", timeout_s=5)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"session": "s" * 129}, {"session": "a b"}, {"world_size": 0}, {"world_size": 2**70},
+WRONG = [{"session": "s" * 129}, {"session": "a b"}, {"world_size": 0}, {"world_size": 2**70},
      {"timeout_s": 1e9}, {"timeout_s": -1}, {"session": ["s"]}, {"manifest": {"tensors": 7}},
      {"manifest": {"tensors": [{"name": "n" * 1025, "dtype": "bfloat16", "shape": []}]}},
      {"manifest": {"tensors": [{"name": "n", "dtype": "bfloat16", "shape": [1] * 17}]}},
      {"manifest": {"tensors": [{"name": "n", "dtype": "bfloat16", "shape": [-1]}]}},
-     {"manifest": {"tensors": [{"name": "n", "dtype": "bfloat16", "shape": [2**62]}]}}],
-)  # fmt: skip
-async def test_fields_are_bounded(agent, trainer, wrong):
+     {"manifest": {"tensors": [{"name": "n", "dtype": "bfloat16", "shape": [2**62]}]}}]  # fmt: skip
+
+
+async def test_fields_are_bounded(agent, trainer):
     body = {
         "protocol_version": PROTOCOL_VERSION,
         "session": "s",
         "manifest": trainer(agent).manifest(),
     }
-    await agent.refused("/init_transfer", 422, "invalid_input", **body | wrong)
+    for wrong in WRONG:
+        await agent.refused("/init_transfer", 422, "invalid_input", **body | wrong)
