@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from weightsync.errors import WeightSyncError
+from weightsync.errors import AgentUnreachableError, DeadlineError, WeightSyncError
 from weightsync.process import this_process
 from weightsync.protocol import AbortRequest, StepResponse
 from weightsync_client.control import Agent
@@ -148,8 +148,10 @@ class Attempt:
                 self.undo(error)
         finally:
             began = self.transaction is not None and self.transaction.began
-            if began or not self.wrote_nothing:
-                # Writes may be in flight: nothing of this epoch is used again (WS-3, WS-8).
+            cut_off = isinstance(error, AgentUnreachableError | DeadlineError)
+            if began or not self.wrote_nothing or cut_off:
+                # Writes may be in flight: nothing of this epoch is used again (WS-3, WS-8).  And
+                # who could not be reached may have lost the wire, too, as only a write finds out.
                 members = {} if self.held.session is None else dict(self.held.session.members)
                 try:
                     self.held.end_session()

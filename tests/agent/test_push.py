@@ -37,7 +37,8 @@ async def test_a_push_goes_through_all_states(agent, engine, trainer):
     assert (resumed["state"], resumed["version"]) == ("ready", 5)
     assert not engine.client.paused
     assert engine.client.ops == [
-        "attach", "layout", "connect", "pause", "begin", "reset_prefix_cache", "commit", "resume",
+        "close", "attach", "layout", "connect", "pause", "begin", "reset_prefix_cache",
+        "commit", "resume",
     ]  # fmt: skip
     status = await agent.status()
     assert status["last_push"]["outcome"] == "committed"

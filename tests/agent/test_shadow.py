@@ -53,8 +53,8 @@ async def test_the_engine_serves_until_everything_is_written_and_checked(agent, 
     assert (committed["state"], committed["version"]) == ("paused", 3)
     assert (await t.resume())["state"] == "ready"
     assert engine.client.ops == [
-        "attach", "layout", "connect", "begin", "prepare", "pause", "reset_prefix_cache", "commit",
-        "resume",
+        "close", "attach", "layout", "connect", "begin", "prepare", "pause",
+        "reset_prefix_cache", "commit", "resume",
     ]  # fmt: skip
     last = (await agent.status())["last_push"]
     assert last["outcome"] == "committed"

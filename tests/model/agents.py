@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cache
 
 from tests.model.engines import carry_out
-from tests.model.records import Agent, Call, Command, World, set_agent, set_engine
+from tests.model.records import Agent, Call, Command, World, set_agent, set_engine, shadowed
 from tests.model.trainers import answer
 from weightsync.errors import DeadlineError, EngineDetachedError, EngineError, StateError
 from weightsync.state import Effect, step
@@ -21,6 +21,7 @@ from weightsync.state_events import (
     InitAsked,
     Outcome,
     PauseAsked,
+    PrepareAsked,
     ResumeAsked,
 )
 from weightsync_server.agent.service import Work, _failed
@@ -40,7 +41,10 @@ def event_of(call: Call) -> Ask:
         case "pause":
             return PauseAsked(call.push)
         case "begin":
-            return BeginAsked(call.session, call.epoch, call.push, call.version)
+            shadow = shadowed(call.session)
+            return BeginAsked(call.session, call.epoch, call.push, call.version, shadow)
+        case "prepare":
+            return PrepareAsked(call.session, call.epoch, call.push, call.version)
         case "commit":
             return CommitAsked(call.session, call.epoch, call.push, call.version)
         case "abort":
@@ -111,6 +115,10 @@ def perform(w: World, a: int, *, reached: int | None = None, late: bool = False)
             agent = agent._replace(turn=engine.turn)
         turn = agent.turn or 0
         command = Command(a, engine.instance, effect, event, agent.state.epoch, turn)
+        over = agent.state.target is not None or agent.state.session is None
+        if effect is Effect.ATTACH and over and reached != 0:
+            # a command of a push that broke off must find its epoch over
+            engine, _ = carry_out(engine, command._replace(effect=Effect.CLOSE), None)
         if late:
             w = w._replace(late=w.late | {command})
         after, outcome = carry_out(engine, command, reached)

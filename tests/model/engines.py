@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.model.records import Command, Engine, Worker
+from tests.model.records import Command, Engine, Worker, shadowed
 from weightsync.state import Effect
 from weightsync.state_events import (
     Aborted,
@@ -15,6 +15,7 @@ from weightsync.state_events import (
     InitAsked,
     Outcome,
     Paused,
+    PrepareAsked,
     Resumed,
     SessionOpened,
 )
@@ -59,7 +60,7 @@ def carry_out(
             outcome = Connected(epoch)
         case CommitAsked() if effect is Effect.COMMIT:
             outcome = Committed(event.version)
-        case _ if effect is Effect.BEGIN:
+        case _ if effect in (Effect.BEGIN, Effect.PREPARE):
             outcome = _BEGUN
     return engine, outcome
 
@@ -68,12 +69,19 @@ def carry_out(
 _BEGUN = Resumed()
 
 
+def _arrived(worker: Worker, epoch: int, push: str, version: int) -> bool:
+    begun = worker.epoch == epoch and worker.push == (push, version)
+    there = worker.memory if worker.beside is None else worker.beside
+    return begun and version in worker.told and there == push
+
+
 def work(worker: Worker, command: Command, opened: int) -> Worker | None:
     """One worker's part, as :class:`weightsync_server.receiver.receiver.Receiver` does it."""
     closed = Worker(worker.memory, worker.version, worker.dirty)
     match command.effect, command.event:
-        case Effect.OPEN, _:
-            return closed._replace(epoch=command.epoch, registration=opened)
+        case Effect.OPEN, InitAsked(session):
+            beside = "" if shadowed(session) else None
+            return closed._replace(epoch=command.epoch, registration=opened, beside=beside)
         case Effect.CONNECT, ConnectAsked(session, epoch):
             return worker._replace(peer=session) if worker.epoch == epoch else None
         case Effect.BEGIN, BeginAsked(_, epoch, push, version):
@@ -84,12 +92,19 @@ def work(worker: Worker, command: Command, opened: int) -> Worker | None:
                 return worker
             if version <= worker.begun:
                 return None
-            return worker._replace(push=(push, version), begun=version, dirty=True)
+            # bytes that land beside what serves make nothing dirty
+            dirty = worker.dirty or worker.beside is None
+            return worker._replace(push=(push, version), begun=version, dirty=dirty)
+        case Effect.PREPARE, PrepareAsked(_, epoch, push, version):
+            there = _arrived(worker, epoch, push, version)
+            return worker._replace(prepared=True) if there else None
         case Effect.COMMIT, CommitAsked(_, epoch, push, version):
-            begun = worker.epoch == epoch and worker.push == (push, version)
-            if not begun or version not in worker.told or worker.memory != push:
+            if not (worker.prepared or _arrived(worker, epoch, push, version)):
                 return None
-            return worker._replace(version=version, dirty=False, push=None, told=frozenset())
+            if worker.beside is not None:  # exchanged: what served lies beside now
+                worker = worker._replace(memory=worker.beside, beside=worker.memory)
+            whole = worker._replace(version=version, dirty=False, push=None, told=frozenset())
+            return whole._replace(prepared=False)
         case Effect.ABORT, _:
             return closed if worker.push is not None else worker
         case Effect.CLOSE, _:

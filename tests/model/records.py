@@ -14,8 +14,9 @@ UNTOUCHED, PAUSING, BEGINNING, COMMITTING, COMMITTED, RESUMED = range(6)
 class Worker(NamedTuple):
     """One worker.
 
-    ``memory``: the push whose bytes lie there, "" for those of the checkpoint; ``registration``: of
-    the open epoch, never used twice.
+    ``memory``: the push whose bytes lie there, "" for those of the checkpoint; ``beside``: whose
+    lie in the shadow of an epoch of shadow mode, None outside of one; ``registration``: of the
+    open epoch, never used twice.
     """
 
     memory: str = ""
@@ -23,6 +24,8 @@ class Worker(NamedTuple):
     dirty: bool = False
     epoch: int = 0
     registration: int = 0
+    beside: str | None = None
+    prepared: bool = False
     peer: str = ""
     push: tuple[str, int] | None = None
     begun: int = 0
@@ -98,8 +101,11 @@ class Agent(NamedTuple):
 
 
 class Trainer(NamedTuple):
+    """``mode``: ``shadow`` where the engines are well, see :func:`shadowed`."""
+
     name: str
     tries: int
+    mode: str = "direct"
     phase: str = "idle"
     push: str = ""
     version: int = 0
@@ -134,18 +140,24 @@ def new_world(
     workers: int = 2,
     tries: int = 1,
     faults: int = 1,
+    mode: str = "direct",
     fenced: bool = True,
     ordered: bool = True,
 ) -> World:
     """Engines that serve their checkpoints, agents that have not met them, trainers that wait."""
     return World(
-        tuple(Trainer("ab"[t], tries) for t in range(trainers)),
+        tuple(Trainer("ab"[t], tries, mode) for t in range(trainers)),
         tuple(Agent() for _ in range(agents)),
         tuple(Engine(tuple(Worker() for _ in range(workers))) for _ in range(agents)),
         faults=faults,
         fenced=fenced,
         ordered=ordered,
     )
+
+
+def shadowed(session: str) -> bool:
+    """Whether a session's name says that its bytes land beside what serves."""
+    return session.endswith("~")
 
 
 def heard(w: World, call: Call) -> World:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -29,6 +31,7 @@ def assert_nothing_wrong(found: Explored) -> None:
         ({"faults": 1, "tries": 2}, 2),
         ({"faults": 1, "trainers": 2}, 2),
         ({"faults": 1, "agents": 2, "workers": 1}, 1),
+        ({"faults": 1, "mode": "shadow"}, 1),
         *(
             pytest.param(bounds, pushes, marks=[pytest.mark.slow, pytest.mark.timeout(900)])
             for bounds, pushes in [
@@ -36,13 +39,15 @@ def assert_nothing_wrong(found: Explored) -> None:
                 ({"faults": 2, "tries": 2}, 2),
                 ({"faults": 2, "trainers": 2}, 2),
                 ({"faults": 2, "agents": 2, "workers": 1}, 1),
+                ({"faults": 2, "mode": "shadow"}, 1),
+                ({"faults": 1, "trainers": 2, "mode": "shadow"}, 2),
             ]
         ),
     ],
     ids=str,
 )
 def test_no_world_that_can_be_reached_is_torn_and_serves_and_from_each_a_push_succeeds(
-    bounds: dict[str, int], pushes: int
+    bounds: dict[str, Any], pushes: int
 ) -> None:
     found = explore(new_world(**bounds))
     assert_nothing_wrong(found)
@@ -96,9 +101,15 @@ def test_an_agent_that_never_gives_a_dead_trainers_push_up_is_noticed(
 class ManyFaults(RuleBasedStateMachine):
     """One way through a larger world, in which a fault may come at every step."""
 
-    @initialize(agents=st.integers(1, 2), workers=st.integers(1, 2))
-    def begin(self, agents: int, workers: int) -> None:
-        self.world = new_world(trainers=2, agents=agents, workers=workers, tries=3, faults=12)
+    @initialize(
+        agents=st.integers(1, 2),
+        workers=st.integers(1, 2),
+        mode=st.sampled_from(["direct", "shadow"]),
+    )
+    def begin(self, agents: int, workers: int, mode: str) -> None:
+        self.world = new_world(
+            trainers=2, agents=agents, workers=workers, tries=3, faults=12, mode=mode
+        )
 
     @rule(data=st.data())
     def anything_happens(self, data: st.DataObject) -> None:

@@ -13,6 +13,7 @@ from tests.model.records import (
     World,
     Write,
     set_trainer,
+    shadowed,
 )
 
 
@@ -29,22 +30,33 @@ def start(w: World, t: int) -> World:
         for s, epoch in zip(states, trainer.epochs, strict=True)
     )
     version = 1 + max(trainer.last, *(max(s.version, s.committed, s.target or 0) for s in states))
+    # a torn engine is repaired in the order of a direct push
+    shadow = trainer.mode == "shadow" and all(s.phase == "ready" for s in states)
+    holds = holds and shadow == shadowed(trainer.session)
+    session = f"s{push}~" if shadow else f"s{push}"
     trainer = trainer._replace(
         tries=tries,
         push=push,
         version=version,
-        session=trainer.session if holds else f"s{push}",
+        session=trainer.session if holds else session,
         epochs=trainer.epochs if holds else (0,) * len(states),
         registrations=trainer.registrations if holds else (0,) * len(states),
         stages=(UNTOUCHED,) * len(states),
         failed=False,
     )
-    return send(set_trainer(w, t, trainer), t, "pause" if holds else "init")
+    return send(set_trainer(w, t, trainer), t, _following(trainer, "connect") if holds else "init")
 
 
 _STAGES = {"pause": PAUSING, "begin": BEGINNING, "commit": COMMITTING}
-_NEXT = {"init": "connect", "connect": "pause", "pause": "begin", "begin": "write",
-         "commit": "resume", "resume": ""}  # fmt: skip
+_ORDERS = {
+    False: ("init", "connect", "pause", "begin", "write", "commit", "resume", ""),
+    True: ("init", "connect", "begin", "write", "prepare", "pause", "commit", "resume", ""),
+}
+
+
+def _following(trainer: Trainer, phase: str) -> str:
+    order = _ORDERS[shadowed(trainer.session)]
+    return order[order.index(phase) + 1]
 
 
 def send(w: World, t: int, phase: str) -> World:
@@ -53,7 +65,7 @@ def send(w: World, t: int, phase: str) -> World:
     agents = range(len(w.agents))
     stages = trainer.stages
     if phase in _STAGES:
-        stages = (_STAGES[phase],) * len(stages)
+        stages = tuple(max(_STAGES[phase], stage) for stage in stages)
     last = trainer.version if phase == "begin" else trainer.last
     trainer = trainer._replace(phase=phase, waits=frozenset(agents), stages=stages, last=last)
     made = {_made(trainer, t, phase, a) for a in agents}
@@ -79,7 +91,7 @@ def answer(
         return w
     a = call.agent
     stages = list(trainer.stages)
-    if refused and call.name == "pause":
+    if refused and call.name == "pause" and stages[a] == PAUSING:
         stages[a] = UNTOUCHED
     if ok and call.name == "commit":
         stages[a] = COMMITTED
@@ -97,13 +109,18 @@ def answer(
     return w if trainer.waits else _go_on(w, call.trainer)
 
 
+def written(w: World, t: int) -> World:
+    """All writes of the push have landed."""
+    return send(w, t, _following(w.trainers[t], "write"))
+
+
 def _go_on(w: World, t: int) -> World:
     trainer = w.trainers[t]
     if trainer.phase == "abort":
         return set_trainer(w, t, _idle(trainer))
     if trainer.failed:
         return abort(w, t)
-    following = _NEXT[trainer.phase]
+    following = _following(trainer, trainer.phase)
     if following == "write":
         return _post(w, t)
     if following:

@@ -26,7 +26,7 @@ from tests.model.records import (
     set_engine,
     set_trainer,
 )
-from tests.model.trainers import abort, answer, send, start
+from tests.model.trainers import abort, answer, start, written
 from weightsync.state_events import AbortAsked, AttachAsked
 
 
@@ -134,7 +134,10 @@ def land(w: World, write: Write) -> World:
     if not there or (w.fenced and not open_):
         return abort(w, write.trainer) if waits else w
     told = worker.told | {write.version} if open_ else worker.told
-    worker = worker._replace(memory=write.push, told=told)
+    if worker.beside is None:
+        worker = worker._replace(memory=write.push, told=told)
+    else:
+        worker = worker._replace(beside=write.push, told=told)
     workers = (
         *engine.workers[: write.worker],
         worker,
@@ -142,7 +145,7 @@ def land(w: World, write: Write) -> World:
     )
     w = set_engine(w, write.agent, engine._replace(workers=workers))
     if waits and not any(other.push == write.push for other in w.writes):
-        return send(w, write.trainer, "commit")
+        return written(w, write.trainer)
     return w
 
 

@@ -326,7 +326,10 @@ class Service:
         match effect:
             case Effect.ATTACH:
                 full, proof = bool(work.extra.get("by_hand")), work.extra.get("proof", "windows")
-                return await self.workers.attach(proof, again=full, timeout_s=work.left_s())
+                over = state.target is not None or state.session is None
+                return await self.workers.attach(
+                    proof, again=full, timeout_s=work.left_s(), epoch_over=over
+                )
             case Effect.PAUSE:
                 push_id = work.push_id
                 mode = request.mode if isinstance(request, PauseRequest) else "keep"

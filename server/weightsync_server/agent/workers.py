@@ -79,12 +79,24 @@ class Workers:
         self._servers |= servers
         return True
 
-    async def attach(self, proof: str, *, again: bool, timeout_s: float) -> Attached:
+    async def attach(
+        self, proof: str, *, again: bool, timeout_s: float, epoch_over: bool = False
+    ) -> Attached:
         """Describe all workers and, where they are new or ``again``, have them prove themselves.
 
         A dirty worker is not asked to: its weights are known not to be what it was loaded with.
+
+        Args:
+            proof: See :class:`weightsync.worker_messages.AttachBody`.
+            again: Prove what was proven, too.
+            timeout_s: For all of it.
+            epoch_over: A push broke off, or nothing is known of one.  Whatever epoch there is ends
+                first: a command that is still on its way must not change what the workers are
+                about to describe (WS-8).
         """
         infos = await self._engines.info(timeout_s)
+        if epoch_over:
+            await self.close(timeout_s=timeout_s)
         answers = await self.describe(timeout_s)
         paused = await self._engines.agree_on_pause(timeout_s)
         same = {a.place: a.instance for a in answers} == self.instances
