@@ -148,15 +148,16 @@ class Attempt:
                 self.undo(error)
         finally:
             began = self.transaction is not None and self.transaction.began
-            cut_off = isinstance(error, AgentUnreachableError | DeadlineError)
-            if began or not self.wrote_nothing or cut_off:
-                # Writes may be in flight: nothing of this epoch is used again (WS-3, WS-8).  And
-                # who could not be reached may have lost the wire, too, as only a write finds out.
+            wrote = began or not self.wrote_nothing
+            # Writes may be in flight: nothing of this epoch is used again (WS-3, WS-8).  And who
+            # could not be reached may have lost the wire, too, as only a write finds out.
+            if wrote or isinstance(error, AgentUnreachableError | DeadlineError):
                 members = {} if self.held.session is None else dict(self.held.session.members)
                 try:
                     self.held.end_session()
                 except WeightSyncError as also:
                     error.add_note(f"closing the session failed too: {also}")
                 else:
-                    self._tell_released({url: m.session for url, m in members.items()})
+                    if wrote:
+                        self._tell_released({url: m.session for url, m in members.items()})
             self.settings.progress.failed(self._phase, self.version, self.push_id, error)
