@@ -2,11 +2,5 @@
 
 from __future__ import annotations
 
-from tests.e2e.conftest import (  # noqa: F401
-    _stack,
-    agent_options,
-    checkpoint,
-    deadlines,
-    engine,
-    stack,
-)
+from tests.e2e.conftest import *  # noqa: F403 - all its fixtures, also those that come
+from tests.e2e.conftest import _stack  # noqa: F401
