@@ -35,6 +35,7 @@ class Baselines:
         environs: Sequence[Mapping[str, str]] = ({}, {}),
     ) -> None:
         self._processes = processes
+        self._sleeps = device == "cpu"
         module = [sys.executable, "-m", "weightsync_client.bench.pair", device]
         self._source, self._target = (
             Part(processes, f"baseline {role}", [*module, role], deadline, environ)
@@ -64,7 +65,7 @@ class Baselines:
     def sweep(self, most_nbytes: int, repeats: int) -> list[dict[str, Any]]:
         """The rate against the size of a descriptor: seconds of the same bytes in pieces.
 
-        It waits as a push does: a loop that polls takes the core that the other end needs.
+        On a CPU it waits as a push does: a loop that polls takes the core that the other end needs.
 
         Args:
             most_nbytes: How much is written each time, at most.
@@ -104,7 +105,7 @@ class Baselines:
             part.finish()
 
     def _row(self, nbytes: int, piece: int, repeats: int) -> dict[str, Any]:
-        seconds = self._write(nbytes, piece, repeats, sleeping=True)
+        seconds = self._write(nbytes, piece, repeats, sleeping=self._sleeps)
         count = -(-nbytes // piece)
         rate = nbytes / seconds / 1e9
         return {"nbytes": piece, "count": count, "seconds": seconds, "gbytes_per_s": rate}

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -28,10 +28,10 @@ from weightsync_client.demo.options import DemoOptions
 from weightsync_client.demo.processes import Deadline, Processes
 from weightsync_client.demo.stack import engine_environ
 
-CaseName = Literal["dense", "expandable", "cpu", "shadow", "moe", "fp8", "split", "vllm_nccl"]
-CASES: tuple[CaseName, ...] = (
-    "dense", "expandable", "cpu", "shadow", "moe", "fp8", "split", "vllm_nccl"
-)  # fmt: skip
+CaseName = Literal[
+    "dense", "expandable", "zero_copy", "cpu", "shadow", "moe", "fp8", "split", "vllm_nccl"
+]
+CASES: tuple[CaseName, ...] = get_args(CaseName)
 #: cases that need more GPUs than some machines have: their absence is no failure
 MAY_LACK: frozenset[str] = frozenset({"vllm_nccl", "split"})
 #: what a case other than ``dense`` keeps of a push
@@ -127,7 +127,7 @@ class _Gpu:
             figures.failed["split"] = _FEW
         # All engines load at the same time, before anything is measured.
         engines: dict[str, Engine] = {}
-        if {"dense", "expandable", "cpu", "shadow"} & {*cases}:
+        if {"dense", "expandable", "zero_copy", "cpu", "shadow"} & {*cases}:
             engines["dense"] = self._engine("dense", dense)
         if "moe" in cases:
             engines["moe"] = self._engine("moe", experts)
@@ -208,12 +208,15 @@ class _Gpu:
             environ = dict.fromkeys(names, setting) if self._cuda else {}
             with self._case("expandable"), self._trainer("expandable", config, environ) as trainer:
                 self._pushes("expandable", trainer, engine)
+        if "zero_copy" in self._options.cases:
+            lent = {"zero_copy_bytes": 1 << 20}
+            with self._case("zero_copy"), self._trainer("lender", config, facts=lent) as trainer:
+                self._pushes("zero_copy", trainer, engine)
         if "cpu" in self._options.cases:
             facts = {"blocking_sync": True}
             with self._case("cpu"), self._trainer("cpu", config, facts=facts) as trainer:
                 kept = ("trainer_cpu_thread", "trainer_cpu_process")
                 self._pushes("cpu", trainer, engine, kept, beside={})
-
         if "shadow" in self._options.cases:
             aside = {"mode": "shadow"}
             with self._case("shadow"), self._trainer("shadow", config, facts=aside) as trainer:

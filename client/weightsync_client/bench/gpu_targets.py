@@ -16,6 +16,8 @@ def judge(figures: Figures) -> None:
     figures.set_ratio("write_vs_vllm_nccl_unpacked", "write", "vllm_nccl_unpacked")
     figures.set_ratio("push_vs_vllm_nccl_packed", "push", "vllm_nccl_packed")
     expandable = figures.set_ratio("expandable_write_vs_write", "expandable_write", "write")
+    figures.set_ratio("zero_copy_write_vs_write", "zero_copy_write", "write")
+    figures.set_ratio("zero_copy_fill_vs_fill", "zero_copy_fill", "fill")
     experts = figures.set_ratio("moe_write_vs_device_copy", "moe_write", "moe_device_copy")
     fp8 = figures.set_ratio("fp8_fill_vs_local_copy", "fp8_fill", "fp8_local_copy")
     split = figures.set_ratio("split_write_vs_write", "split_write", "write")

@@ -63,6 +63,7 @@ class Trainer:
         self._scanned: torch.Tensor | None = None
         self._quantization: QuantizationSpec | None = None
         self._mode: PushMode = "direct"
+        self._zero_copy_bytes: int | None = None
 
     def make(
         self,
@@ -71,11 +72,13 @@ class Trainer:
         blocking_sync: bool = False,
         fp8: bool = False,
         mode: PushMode = "direct",
+        zero_copy_bytes: int | None = None,
     ) -> dict[str, Any]:
         """Make the model with random weights; save it, if an engine shall load it.
 
         ``blocking_sync``: this process sleeps where it waits for its GPU, so that its CPU time is
         what it computes.  ``fp8``: it is published, and saved, as fp8 blocks.  ``mode``: of pushes.
+        ``zero_copy_bytes``: the publisher's.
         """
         import transformers
 
@@ -93,6 +96,7 @@ class Trainer:
         self._model = model.eval().requires_grad_(False)
         self._quantization = QuantizationSpec() if fp8 else None
         self._mode = mode
+        self._zero_copy_bytes = zero_copy_bytes
         if checkpoint is not None:
             self._model.save_pretrained(checkpoint)
             if fp8:
@@ -114,8 +118,9 @@ class Trainer:
         """Change every weight and push; the report, and the CPU seconds that the push took."""
         if self._publisher is None:
             self._publisher = Publisher(
-                agents, progress=self._clock, quantization=self._quantization, mode=self._mode
-            )
+                agents, progress=self._clock, quantization=self._quantization, mode=self._mode,
+                zero_copy_bytes=self._zero_copy_bytes,
+            )  # fmt: skip
         torch._foreach_neg_(list(self._model.parameters()))
         self._synchronize()
         process_s, thread_s = time.process_time(), time.thread_time()
