@@ -155,7 +155,8 @@ def _resume(state: AgentState, push_id: str | None) -> Step:
     if state.phase == "torn":
         raise EngineTornError(
             f"the engine's weights are not whole: version {state.version} was being replaced",
-            hint="push again, all of it, with a new rendezvous; or restart the engine",
+            hint="push again, all of it, with a new rendezvous; or restart the engine"
+            + ("" if state.rollback_to is None else "; or POST /rollback"),
             version=state.version,
             lowest=state.target,
         )

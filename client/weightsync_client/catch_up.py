@@ -100,7 +100,7 @@ class CatchUp(Attempt):
         session.drop(self._url)
         taken = admit(
             session, [self._url], self.roster, self.held.ranks,
-            deadlines=self.settings.deadlines, undo=self.undo,
+            deadlines=self.settings.deadlines, mode=self.settings.mode, undo=self.undo,
         )  # fmt: skip
         if not taken:
             raise LayoutError(

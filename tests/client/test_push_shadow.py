@@ -228,6 +228,28 @@ def test_regions_that_have_no_shadow_make_the_push_a_direct_one(
     assert "/prepare_commit" not in agent.calls
 
 
+def test_an_agent_that_catches_up_does_so_in_shadow_mode(
+    make_shadow, make_publisher: Make, model: nn.Module
+) -> None:
+    there, late = make_shadow(), make_shadow()
+    publisher = make_publisher(there, late, mode="shadow", policy="available")
+
+    def not_yet() -> None:
+        raise EngineError("still starting")
+
+    late.before["/init_transfer"] = not_yet
+    report = publisher.push(model)
+    assert [agent.ok for agent in report.agents] == [True, False]
+    del late.before["/init_transfer"]
+    late.calls.clear()
+    assert publisher.catch_up(late.url).version == 1
+    assert holds(late, model)
+    assert late.calls.index("/prepare_commit") < late.calls.index("/pause")
+    assert publisher.push(changed(model)).version == 2
+    assert holds(there, model)
+    assert holds(late, model)
+
+
 def test_an_unknown_mode_is_refused(make_publisher: Make) -> None:
     with pytest.raises(InputError, match="unknown mode 'shade'"):
         make_publisher("http://127.0.0.1:1", mode="shade")
