@@ -16,6 +16,8 @@ def log_fields(log: logging.Logger, level: int, event: str, **fields: object) ->
     Values with spaces or anything else that could be taken for another field are quoted as in
     JSON, so a line stays one line whatever an engine's error says.  None is left out.
     """
+    if not log.isEnabledFor(level):
+        return
     told = {name: value for name, value in fields.items() if value is not None}
     text = " ".join(f"{name}={_value(value)}" for name, value in told.items())
     log.log(level, "%s %s", event, text, extra={"event": event, "fields": told}, stacklevel=2)

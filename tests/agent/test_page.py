@@ -200,10 +200,13 @@ async def test_what_an_engine_says_is_text_and_a_torn_engine_tells_what_to_do(
     await t.pause()
     await t.begin(3)
     await t.commit(3, expect=409)
+    await agent.agent.service.journal.flush()
+    agent.agent.service.journal.trouble = HOSTILE
     page = await open_page(agent, viewport={"width": 390, "height": 844}, color_scheme="dark")
     await sees(page, "#state-name", "torn")
     await sees(page, "#state-do", "Push again, all of it: version 3 or later")
     await sees(page, "#state-do .cause", HOSTILE)
+    await sees(page, "#state-do > p", f"cannot be written ({HOSTILE})")
     await sees(page, "#errors .detail", HOSTILE)
     await sees(page, "#engines", HOSTILE)
     await sees(page, "[data-outcome=torn] .words", "commit")

@@ -179,4 +179,17 @@ class PushClock:
         )
 
     def _tell(self, push: PushStatus) -> None:
-        self._hub.publish("push", push.model_dump())
+        # the last phase alone: engines may be waiting while this is written
+        phase = push.phases[-1]
+        self._hub.publish(
+            "push",
+            {
+                "push_id": push.push_id,
+                "version": push.version,
+                "outcome": push.outcome,
+                "phase": phase.phase,
+                "start_s": phase.start_s,
+                "seconds": phase.seconds,
+                "ok": phase.ok,
+            },
+        )
