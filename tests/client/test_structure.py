@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from fake_world import mesh_of, shard
 from reference import Agent
 from test_push import arrived
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard
 
 from weightsync_client import ConversionSpec, LocalShard, Publisher, Rule, Unstack
 from weightsync_client.pushed import Pushed
@@ -64,6 +67,24 @@ def test_a_second_look_gives_what_a_first_one_gives(kind: str) -> None:
     assert isinstance(again.given, PreparedSource)
     assert same(again, model, conversion)
     assert again.declaration is seen(known, model, conversion).declaration
+
+
+def test_shards_of_fsdp2_are_known_by_what_this_rank_has() -> None:
+    with mesh_of(1, (2,)) as mesh:
+        model = tied()
+        fully_shard(model, mesh=mesh)
+        known = Structures()
+        assert not prepared(known, model)
+        again = seen(known, model)
+        assert isinstance(again.given, PreparedSource)
+        assert same(again, model)
+        whole = torch.randn(8, 4)
+        tensors = {"w": shard(whole, mesh, Shard(0))}
+        known = Structures()
+        assert not prepared(known, tensors)
+        assert prepared(known, tensors)
+        tensors["w"] = shard(whole, mesh, Replicate())
+        assert not prepared(known, tensors)
 
 
 def test_new_memory_of_the_same_form_is_read_where_it_is_now() -> None:
