@@ -20,6 +20,7 @@ WeightSyncError                     the root; never raised itself
 │   ├── NoSessionError              push without a rendezvous
 │   ├── StaleEpochError             the session's epoch is over: make a new rendezvous
 │   ├── StaleVersionError           the version is not newer than the engine's
+│   ├── NoCheckpointError           the engine has no checkpoint on disk to load again
 │   └── NoPreviousError             no version before this one is kept
 ├── LayoutError                     the engine's layout cannot be used
 │   ├── TraceError                  the loader does what a layout cannot express
@@ -205,6 +206,12 @@ class StaleVersionError(StateError):
     """The version is not newer than the engine's."""
 
     code = "stale_version"
+
+
+class NoCheckpointError(StateError):
+    """The engine has no checkpoint on disk that could be loaded again."""
+
+    code = "no_checkpoint"
 
 
 class NoPreviousError(StateError):

@@ -214,6 +214,13 @@ class RollbackRequest(Message):
     timeout_s: Seconds = 120.0
 
 
+class ReloadRequest(Message):
+    """``POST /reload``: serve the checkpoint again that the engine was started with."""
+
+    mode: PauseMode = "keep"
+    timeout_s: Seconds = 600.0
+
+
 class VerifyRequest(Message):
     """``POST /verify``: does the engine hold what this rendezvous would write?  Changes nothing.
 
@@ -262,7 +269,7 @@ class Span(Message):
 
 
 class StepResponse(Message):
-    """Answer to pause, resume, begin, prepare, commit, abort and rollback.
+    """Answer to pause, resume, begin, prepare, commit, abort, rollback and reload.
 
     ``seconds`` holds the parts that the agent and its slowest worker measured, ``spans`` when what
     went on, at each worker too.
@@ -304,6 +311,7 @@ class WorkerCommand(Message):
         "commit",
         "abort",
         "rollback",
+        "reload",
         "close",
         "checksums",
         "verify",

@@ -36,6 +36,7 @@ from weightsync.state_events import (
     InitAsked,
     PauseAsked,
     PrepareAsked,
+    ReloadAsked,
     ResumeAsked,
     RollbackAsked,
 )
@@ -79,6 +80,8 @@ def step(state: AgentState, event: Event) -> Step:
             return _commit(state, event)
         case RollbackAsked(push_id):
             return _rollback(state, push_id)
+        case ReloadAsked(push_id):
+            return _reload(state, push_id)
         case AbortAsked(push_id):
             return _abort(state, push_id)
         case _:
@@ -250,11 +253,24 @@ def _rollback(state: AgentState, push_id: str) -> Step:
     _refuse_detached(state)
     _refuse_other_push(state, push_id)
     check_rollback(state, None)
+    _refuse_running(state, push_id)
+    return Step(replace(state, phase="receiving"), (Effect.ROLLBACK,))
+
+
+def _reload(state: AgentState, push_id: str) -> Step:
+    _refuse_detached(state)
+    _refuse_other_push(state, push_id)
+    if state.phase in ("shadowing", "receiving"):
+        raise PushInProgressError(f"{push_id} has begun", hint="wait for it, or abort it")
+    _refuse_running(state, push_id)
+    return Step(replace(without_session(state), phase="receiving"), (Effect.RELOAD,))
+
+
+def _refuse_running(state: AgentState, push_id: str) -> None:
     if state.owner is None or state.may_run:  # WS-1
         raise StateError(
             f"{push_id} has not paused the engine", hint="POST /pause with this push_id first"
         )
-    return Step(replace(state, phase="receiving"), (Effect.ROLLBACK,))
 
 
 def _abort(state: AgentState, push_id: str) -> Step:

@@ -90,6 +90,13 @@ class RollbackAsked:
     push_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class ReloadAsked:
+    """Load the engine's own checkpoint again; ``push_id`` has paused the engine for it."""
+
+    push_id: str
+
+
 # ------------------------------------------------------------------ what became of it
 
 
@@ -180,8 +187,13 @@ class RolledBack:
 
 
 @dataclass(frozen=True, slots=True)
+class Reloaded:
+    """Every worker has what the engine was started with."""
+
+
+@dataclass(frozen=True, slots=True)
 class PushFailed:
-    """Begin, prepare, commit or rollback failed.
+    """Begin, prepare, commit, rollback or reload failed.
 
     ``reachable``: every worker answered, so they can be asked.
     """
@@ -203,10 +215,10 @@ class Aborted:
 
 Ask = (
     AttachAsked | PauseAsked | ResumeAsked | InitAsked | ConnectAsked | BeginAsked | PrepareAsked
-    | CommitAsked | AbortAsked | RollbackAsked
+    | CommitAsked | AbortAsked | RollbackAsked | ReloadAsked
 )  # fmt: skip
 Outcome = (
     EngineLost | Attached | Paused | PauseFailed | Resumed | ResumeFailed | SessionOpened
-    | Connected | Committed | RolledBack | PushFailed | Aborted
+    | Connected | Committed | RolledBack | Reloaded | PushFailed | Aborted
 )  # fmt: skip
 Event = Ask | Outcome

@@ -14,6 +14,7 @@ from weightsync.state_events import (
     Paused,
     PauseFailed,
     PushFailed,
+    Reloaded,
     Resumed,
     ResumeFailed,
     RolledBack,
@@ -63,12 +64,15 @@ def outcome(state: AgentState, event: Outcome) -> Step:
         case RolledBack(version, newest) if state.phase == "receiving":
             whole = replace(state, phase="paused", version=version, target=None)
             return Step(replace(whole, rollback_to=None, rolled_back_from=newest))
+        case Reloaded() if state.phase == "receiving":
+            whole = replace(without_session(state), phase="paused", version=0, target=None)
+            return Step(replace(whole, rollback_to=None))
         case PushFailed(reachable) if state.phase in ("shadowing", "receiving"):
             if reachable:
                 return Step(state, (Effect.ABORT,))
             if state.phase == "shadowing":
                 return Step(_undisturbed(state))
-            # a rollback that failed brought no version: the next one repairs
+            # a rollback or reload that failed brought no version: the next one repairs
             return Step(replace(torn(state), target=state.target or state.version + 1))
         case Aborted(versions, dirty, before) if state.phase == "shadowing":
             kept = replace(state, rollback_to=before)

@@ -21,6 +21,7 @@ class Effect(enum.Enum):
     PREPARE = "prepare"
     COMMIT = "commit"
     ROLLBACK = "rollback"
+    RELOAD = "reload"
     ABORT = "abort"
     CLOSE = "close"
 

@@ -198,6 +198,13 @@ class RollbackReply:
 
 
 @dataclass(frozen=True, slots=True)
+class ReloadReply:
+    """The checkpoint is served again, as version 0; where the time went."""
+
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class ChecksumsReply:
     """SHA-256 (hex) of every final kernel tensor's bytes; of opaque ones, of what they compute."""
 

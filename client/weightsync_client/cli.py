@@ -14,7 +14,7 @@ from rich.console import Console
 from weightsync_client.bench.command import bench
 from weightsync_client.commands.common import TLS_FILES, TraceFile
 from weightsync_client.commands.doctor import doctor
-from weightsync_client.commands.fleet import PushModes, pause, resume, rollback, status
+from weightsync_client.commands.fleet import PushModes, pause, reload, resume, rollback, status
 from weightsync_client.commands.weights import explain_command, push, verify
 from weightsync_client.demo.options import DemoOptions
 from weightsync_client.demo.run import run_demo
@@ -177,7 +177,7 @@ def demo(
 
 app.command(name="plan")(plan)
 app.add_typer(bench, name="bench")
-for _command in (status, pause, resume, rollback, push, verify, doctor):
+for _command in (status, pause, resume, rollback, reload, push, verify, doctor):
     app.command()(_command)
 app.command(name="explain")(explain_command)
 

@@ -30,6 +30,7 @@ from weightsync.worker_messages import (
     LayoutReply,
     PrepareBody,
     PrepareReply,
+    ReloadReply,
     RollbackBody,
     RollbackReply,
     VerifyReply,
@@ -100,6 +101,7 @@ class FakeWorker:
     first_push: bool = False
     shadow: bool = False
     rollback_to: int | None = None
+    checkpoint: bool = False
     rolled_back_from: int = 0
 
     def run(self, command: WorkerCommand) -> object:
@@ -109,7 +111,7 @@ class FakeWorker:
             case "describe":
                 return DescribeReply(
                     str(self.place), self.instance, "fake", "1.0", self.version, self.dirty,
-                    self.epoch, 1, checkpoint=False, rollback_to=self.rollback_to,
+                    self.epoch, 1, checkpoint=self.checkpoint, rollback_to=self.rollback_to,
                     rolled_back_from=self.rolled_back_from,
                 )  # fmt: skip
             case "attach":
@@ -140,6 +142,9 @@ class FakeWorker:
                 return CommitReply(self.version, seconds, self.first_push, self.rollback_to)
             case "abort":
                 return AbortReply(self.dirty, self.version, self.rollback_to)
+            case "reload":
+                self.version, self.dirty, self.rollback_to = 0, False, None
+                return ReloadReply({"install": 0.5})
             case "rollback":
                 assert unpack(body, RollbackBody).to == self.rollback_to
                 self.rolled_back_from = max(self.version, self.rolled_back_from)

@@ -57,7 +57,7 @@ def test_the_commands_run_as_written(stack: Stack, tmp_path: Path) -> None:
     folder = save_in_two(stack.weights(), stack.checkpoint, tmp_path / "new-checkpoint")
     here = {"http://127.0.0.1:9100": stack.agent.url, "new-checkpoint": str(folder)}
     commands = [line for block in BLOCKS for line in block.splitlines()]
-    assert len(commands) == 8
+    assert len(commands) == 9
     out = ""
     for command in commands:
         words = shlex.split(command)[1:]

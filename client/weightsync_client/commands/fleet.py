@@ -12,7 +12,13 @@ from rich.console import Console
 from rich.live import Live
 
 from weightsync.errors import WeightSyncError
-from weightsync.protocol import PauseRequest, ResumeRequest, RollbackRequest, StepResponse
+from weightsync.protocol import (
+    PauseRequest,
+    ReloadRequest,
+    ResumeRequest,
+    RollbackRequest,
+    StepResponse,
+)
 from weightsync_client.commands.common import (
     EXIT_NO,
     AsJson,
@@ -187,10 +193,31 @@ def rollback(
     _step("rollback", urls, token_file, as_json, lambda a: _post(a, "/rollback", request, wait_s))
 
 
+def reload(
+    urls: Urls,
+    pause_mode: Annotated[Mode, typer.Option(help="What happens to running requests.")] = Mode.keep,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, max=86_400, help="Seconds for pause and load.")
+    ] = 600.0,
+    token_file: TokenFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Serve the checkpoint again that each engine was started with, as version 0.
+
+    Mends an engine that is torn, when there is nobody who could push.
+
+    Exit status: 0 every engine serves its checkpoint; 1 one was refused or failed; 2 bad
+    arguments; 4 an agent does not answer, or does not take the token.
+    """
+    request = ReloadRequest(mode=pause_mode.value, timeout_s=timeout)
+    wait_s = 2 * timeout + Deadlines().resume_s
+    _step("reload", urls, token_file, as_json, lambda a: _post(a, "/reload", request, wait_s))
+
+
 def _post(
     agent: Agent,
     path: str,
-    request: PauseRequest | ResumeRequest | RollbackRequest,
+    request: PauseRequest | ResumeRequest | RollbackRequest | ReloadRequest,
     timeout_s: float,
 ) -> dict[str, Any]:
     return agent.post(path, request, StepResponse, timeout_s=timeout_s).model_dump()

@@ -33,6 +33,7 @@ from weightsync.protocol import (
     Message,
     PauseRequest,
     PrepareRequest,
+    ReloadRequest,
     ResumeRequest,
     RollbackRequest,
     Seconds,
@@ -331,6 +332,7 @@ class Agent:
         post("/commit_update", CommitRequest, StepResponse, calls.commit)
         post("/abort_update", AbortRequest, StepResponse, calls.abort)
         post("/rollback", RollbackRequest, StepResponse, calls.rollback)
+        post("/reload", ReloadRequest, StepResponse, calls.reload)
         post("/verify", VerifyRequest, VerifyResponse, calls.verify)
 
         async def reply(message: WorkerReply) -> Health:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from weightsync.errors import (
+    NoCheckpointError,
     ProtocolMismatchError,
     PushInProgressError,
     WeightSyncError,
@@ -30,6 +31,7 @@ from weightsync.protocol import (
     Message,
     PauseRequest,
     PrepareRequest,
+    ReloadRequest,
     ResumeRequest,
     RollbackRequest,
     StepResponse,
@@ -47,6 +49,7 @@ from weightsync.state_events import (
     InitAsked,
     PauseAsked,
     PrepareAsked,
+    ReloadAsked,
     ResumeAsked,
     RollbackAsked,
 )
@@ -153,11 +156,30 @@ class Calls:
         if holder is None or state.owner != holder:
             # like a push of its own: what was paused by hand or by another push is refused
             holder = f"rollback-{uuid.uuid4().hex}"
+        return await self._apart(RollbackAsked(holder), request, begun)
+
+    async def reload(self, request: ReloadRequest) -> StepResponse:
+        """``POST /reload``."""
+        if bare := [w.place for w in self._service.workers.status if not w.checkpoint]:
+            raise NoCheckpointError(
+                f"{bare[0]} was started without a checkpoint on disk",
+                hint="push again, all of it; or restart the engine",
+            )
+        return await self._apart(ReloadAsked(f"reload-{uuid.uuid4().hex}"), request, lambda: None)
+
+    async def _apart(
+        self,
+        event: RollbackAsked | ReloadAsked,
+        request: RollbackRequest | ReloadRequest,
+        begun: Mark,
+    ) -> StepResponse:
+        """What brings no new bytes: the engine is paused for it, and resumed when it is whole."""
+        holder = event.push_id
         pause = PauseRequest(mode=request.mode, push_id=holder)
         answer = await self._step(PauseAsked(holder), pause, request.timeout_s)
         seconds = answer.seconds
         try:
-            answer = await self._step(RollbackAsked(holder), request, request.timeout_s, begun)
+            answer = await self._step(event, request, request.timeout_s, begun)
         except WeightSyncError:
             # if it was refused, nothing has resumed the engine yet
             await self._step(AbortAsked(holder), request, self._engine_timeout_s)

@@ -40,6 +40,7 @@ Op = Literal[
     "commit",
     "abort",
     "rollback",
+    "reload",
     "close",
     "checksums",
     "verify",

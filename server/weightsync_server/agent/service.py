@@ -36,6 +36,7 @@ from weightsync.state_events import (
     Paused,
     PauseFailed,
     PushFailed,
+    Reloaded,
     Resumed,
     ResumeFailed,
     RolledBack,
@@ -381,6 +382,12 @@ class Service:
                 work.seconds |= work.parts(back)
                 newest = max(a.body.rolled_back_from for a in back)
                 return RolledBack(state.rollback_to, newest)
+            case Effect.RELOAD:
+                # first, as for a commit: if this fails the workers' word still is the old one
+                await self.engines.reset_prefix_cache(work.left_s())
+                again = await self.workers.reload(timeout_s=work.left_s())
+                work.seconds |= work.parts(again)
+                return Reloaded()
             case Effect.ABORT:
                 self._cache_reset.drop()
                 return await self.workers.abort(state.owner or "", timeout_s=self._engine_timeout_s)
@@ -398,8 +405,12 @@ class Service:
 
 
 def _writes(state: AgentState) -> bool:
-    """Whether a push may be writing; a rollback brings no version."""
-    return state.phase in ("shadowing", "receiving") and state.target is not None
+    """Whether a push may be writing; rollback and reload bring no version, or end the session."""
+    return (
+        state.phase in ("shadowing", "receiving")
+        and state.target is not None
+        and state.session is not None
+    )
 
 
 def _failed(effect: Effect, work: Work, error: WeightSyncError) -> Outcome | None:
@@ -416,7 +427,7 @@ def _failed(effect: Effect, work: Work, error: WeightSyncError) -> Outcome | Non
             return EngineLost()  # a torn engine that could not be stopped: attach again, and again
         case Effect.RESUME:
             return ResumeFailed()
-        case Effect.BEGIN | Effect.PREPARE | Effect.COMMIT | Effect.ROLLBACK:
+        case Effect.BEGIN | Effect.PREPARE | Effect.COMMIT | Effect.ROLLBACK | Effect.RELOAD:
             # an engine that let a deadline pass would only let the next one pass too
             silent = isinstance(error, (DeadlineError, EngineDetachedError))
             return PushFailed(reachable=not silent or "places" in error.context)

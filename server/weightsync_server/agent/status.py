@@ -32,6 +32,7 @@ class WorkerStatus(Model):
     pid: int
     version: int
     dirty: bool
+    checkpoint: bool = False
     kernel_tensors: int = 0
     direct: int = 0
     staged: int = 0

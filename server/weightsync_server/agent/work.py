@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 from weightsync.protocol import Message, Span
 from weightsync.state_events import Ask
-from weightsync.worker_messages import CommitReply, PrepareReply, RollbackReply
+from weightsync.worker_messages import CommitReply, PrepareReply, ReloadReply, RollbackReply
 from weightsync_server.agent.engine_client import Answer
 from weightsync_server.agent.once import Mark
 
-Timed = TypeVar("Timed", CommitReply, PrepareReply, RollbackReply)
+Timed = TypeVar("Timed", CommitReply, PrepareReply, RollbackReply, ReloadReply)
 
 
 @dataclass(slots=True)

@@ -29,6 +29,7 @@ from weightsync.worker_messages import (
     LayoutReply,
     PrepareBody,
     PrepareReply,
+    ReloadReply,
     RollbackBody,
     RollbackReply,
     VerifyBody,
@@ -205,6 +206,13 @@ class Workers:
             worker.dirty, worker.version = False, to
         return answers
 
+    async def reload(self, *, timeout_s: float) -> list[Answer[ReloadReply]]:
+        """Every worker loads the engine's checkpoint again."""
+        answers = self._same(await self._engines.ask("reload", ReloadReply, timeout_s=timeout_s))
+        for worker in self.status:
+            worker.dirty, worker.version = False, 0
+        return answers
+
     async def abort(self, push_id: str, *, timeout_s: float) -> Aborted:
         """Every worker gives the push up, and tells what it holds."""
         answers = self._same(
@@ -297,6 +305,7 @@ def _described(answer: Answer[DescribeReply], known: WorkerStatus | None) -> Wor
         "pid": answer.body.pid,
         "version": answer.body.version,
         "dirty": answer.body.dirty,
+        "checkpoint": answer.body.checkpoint,
     }
     return WorkerStatus.model_validate((known.model_dump() if known else {}) | told)
 

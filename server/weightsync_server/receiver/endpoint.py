@@ -142,6 +142,8 @@ class WorkerEndpoint:
                 return r.abort(unpack(own, AbortBody))
             case "rollback":
                 return r.rollback(unpack(own, RollbackBody))
+            case "reload":
+                return r.reload()
             case "close":
                 return r.close()
             case "checksums":

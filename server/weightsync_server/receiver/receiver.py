@@ -37,6 +37,7 @@ from weightsync.worker_messages import (
     LayoutReply,
     PrepareBody,
     PrepareReply,
+    ReloadReply,
     RollbackBody,
     RollbackReply,
     VerifyBody,
@@ -51,6 +52,7 @@ from weightsync_server.receiver.installer import install, install_through_loader
 from weightsync_server.receiver.laps import Laps
 from weightsync_server.receiver.oracle import checksums
 from weightsync_server.receiver.proof import Prover
+from weightsync_server.receiver.reload import reload
 from weightsync_server.receiver.target import Target, copies_by_tensor
 from weightsync_server.receiver.tracer import trace
 from weightsync_server.receiver.units import Proofs
@@ -355,6 +357,24 @@ class Receiver:
             self.version, self.dirty, self._committed = body.to, False, None
         laps.end("refresh")
         return RollbackReply(self.version, self._rolled_back_from, laps.seconds)
+
+    def reload(self) -> ReloadReply:
+        """The engine is paused: serve again what it was started with, as version 0.
+
+        Raises:
+            NoCheckpointError, EngineError, RefusedError, VerifyError: See :func:`reload`.
+        """
+        laps = Laps()
+
+        def started() -> None:
+            self.close()
+            self._history.drop()
+            self.dirty = True
+
+        reload(self.adapter, self._prover, self._attachment, started)
+        self.version, self.dirty, self._committed = 0, False, None
+        laps.end("install")
+        return ReloadReply(laps.seconds)
 
     def close(self) -> None:
         """End the epoch: drop peers, registrations, staging."""
