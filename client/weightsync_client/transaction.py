@@ -202,7 +202,10 @@ class Transaction:
     def _outcome(self, url: str) -> AgentOutcome:
         answer = self._answers.get(url)
         state, version = ("unknown", 0) if answer is None else (answer.state, answer.version)
-        return self._roster.outcome(url, state, version, self._seconds.get(url))
+        seconds = self._seconds.get(url)
+        if self.stages.get(url) == Stage.RESUMED:  # at the second try, it may be
+            return AgentOutcome(url, state, version, seconds or {})
+        return self._roster.outcome(url, state, version, seconds)
 
     def abort(self, reason: str) -> list[str]:
         """Undo what can be undone, at every agent, each in at most its deadline.

@@ -180,6 +180,18 @@ def test_fewer_than_the_quorum_fail_the_push_for_all(
     assert all(arrived(a, weights) for a in agents)
 
 
+def test_a_resume_that_works_at_the_second_try_is_no_failure(
+    make_agent: Make, make_publisher: Make, model: Any
+) -> None:
+    good, slow = make_agent(), make_agent()
+    slow.before["/resume"] = refuse(EngineError("busy", hint="again"))
+    publisher = make_publisher(good, slow, policy="available")
+    report = publisher.push(model)
+    assert [(a.ok, a.state, a.version) for a in report.agents] == [(True, "ready", 1)] * 2
+    assert slow.generating
+    assert publisher.push(model).rendezvous_s == 0
+
+
 def test_the_last_agent_is_not_dropped(make_agent: Make, make_publisher: Make, model: Any) -> None:
     bad = make_agent()
     bad.before["/pause"] = refuse(EngineError("no more", hint="look"))
