@@ -33,6 +33,7 @@ class Attempt:
         push_id: What agents and logs call it.
         roster: The agents, from the first meeting on.
         statuses: On rank 0, what the agents told first.
+        let_go: Sessions of the agents that were dropped once they may have begun, by URL.
         transaction: On rank 0, from the first pause on.
         wrote_nothing: No rank has begun to write.
         recorder: What this rank did when.
@@ -40,6 +41,8 @@ class Attempt:
 
     #: what messages call it
     what = "push"
+    #: whether an agent that cannot be reached is one that the session was made with
+    of_all = True
 
     def __init__(self, held: Open, settings: PushSettings) -> None:
         self.held = held
@@ -48,6 +51,7 @@ class Attempt:
         self.push_id = f"p-{uuid.uuid4().hex}"
         self.roster: Roster
         self.statuses: dict[str, dict[str, Any]] = {}
+        self.let_go: dict[str, str] = {}
         self.transaction: Transaction | None = None
         self.wrote_nothing = True
         self.seconds = dict.fromkeys(PHASES, 0.0)
@@ -121,8 +125,15 @@ class Attempt:
             f"after {elapsed_s:.3f} s; {what_now}"
         )
 
-    def _tell_released(self, sessions: Mapping[str, str]) -> None:
-        """Give the agents this process's word, for which others would have to wait (WS-8)."""
+    def tell_released(self, sessions: Mapping[str, str], *, aside: bool = False) -> None:
+        """Give agents this process's word that it has no handle of this push left (WS-8).
+
+        Others would have to wait for it.
+
+        Args:
+            sessions: That were open at each agent, by URL.
+            aside: Do not wait for the answers.
+        """
         me = this_process()
         if me is None:
             return
@@ -139,7 +150,12 @@ class Attempt:
             )
 
         # where it fails, the agent waits for this process to come back or to end
-        self.roster.fleet.attempt(call, [a for a in self.roster.present if a.url in sessions])
+        agents = [agent for agent in self.roster.agents if agent.url in sessions]
+        if not aside:
+            self.roster.fleet.attempt(call, agents)
+            return
+        for agent in agents:
+            self.roster.fleet.aside(call, agent)
 
     def leave(self, error: BaseException) -> None:
         """On every rank, whatever failed and wherever: drop what may be in flight."""
@@ -151,13 +167,15 @@ class Attempt:
             wrote = began or not self.wrote_nothing
             # Writes may be in flight: nothing of this epoch is used again (WS-3, WS-8).  And who
             # could not be reached may have lost the wire, too, as only a write finds out.
-            if wrote or isinstance(error, AgentUnreachableError | DeadlineError):
+            cut_off = isinstance(error, AgentUnreachableError | DeadlineError)
+            if wrote or (cut_off and self.of_all):
                 members = {} if self.held.session is None else dict(self.held.session.members)
                 try:
                     self.held.end_session()
                 except WeightSyncError as also:
                     error.add_note(f"closing the session failed too: {also}")
                 else:
+                    sessions = {url: m.session for url, m in members.items()}
                     if wrote:
-                        self._tell_released({url: m.session for url, m in members.items()})
+                        self.tell_released(sessions | self.let_go)
             self.settings.progress.failed(self._phase, self.version, self.push_id, error)

@@ -53,6 +53,7 @@ class CatchUp(Attempt):
     """
 
     what = "catch-up"
+    of_all = False
 
     def __init__(self, held: Open, settings: PushSettings, url: str) -> None:
         super().__init__(held, settings)
@@ -90,6 +91,14 @@ class CatchUp(Attempt):
             raise
         self.settings.progress.done(report)
         return report.agents[0]
+
+    def leave(self, error: BaseException) -> None:
+        """As of any attempt; the agent needs a new rendezvous, the others keep theirs."""
+        try:
+            super().leave(error)
+        finally:
+            if self.held.session is not None:
+                self.held.session.drop(self._url)
 
     def _session(self) -> Session:
         if self.held.session is None:

@@ -107,6 +107,7 @@ class Transfer:
         session.sent = attempt.version
         if session.in_flight:  # it may still land: nothing of this epoch is used again (WS-8)
             attempt.held.end_session()
+        attempt.tell_released(attempt.let_go, aside=True)
         if attempt.held.ranks.rank == 0:
             report = replace(report, spans=attempt.recorder.timeline(self._marks))
         return report
@@ -114,6 +115,8 @@ class Transfer:
     def _drop(self, urls: list[str]) -> None:
         self._attempt.roster.forget(urls)
         for url in urls:
+            if (member := self._session.members.get(url)) is not None:
+                self._attempt.let_go[url] = member.session
             self._session.drop(url)
 
     def _pause_and_begin(self, parts: list[Digests]) -> list[str]:

@@ -389,6 +389,23 @@ def test_catching_up_is_refused_where_the_slots_do_not_hold_the_version(
     assert "/pause" not in other.calls
 
 
+def test_catching_up_can_be_tried_again_until_the_agent_is_there(
+    make_agent: Make, make_job: Make, weights: Any
+) -> None:
+    old, new = make_agent(), make_agent()
+    job = make_job(old, ranks=2, zero_copy_bytes=0)
+    same_report(job.push(sharded(weights, 2)))
+    missing = "http://127.0.0.1:9"
+    for result in on_ranks(job, lambda p: p.catch_up(missing)):
+        assert type(result) is AgentUnreachableError
+    new.before["/pause"] = refuse(EngineError("not yet", hint="wait"))
+    for result in on_ranks(job, lambda p: p.catch_up(new.url)):
+        assert type(result) is EngineError
+    assert one(on_ranks(job, lambda p: p.catch_up(new.url))).version == 1
+    assert arrived(new, weights)
+    assert old.calls.count("/init_transfer") == 1
+
+
 def test_a_failed_push_leaves_nothing_to_catch_up_with(
     make_agent: Make, make_publisher: Make, model: Any
 ) -> None:

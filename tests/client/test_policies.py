@@ -110,6 +110,14 @@ def test_an_agent_that_one_rank_cannot_write_to_is_dropped_by_all(
     assert not bad.generating
     assert "/commit_update" not in bad.calls
     assert "write: PeerLostError" in bad.bodies["/abort_update"]["reason"]
+    deadline = time.monotonic() + 10  # each rank's word that its handles are gone comes aside
+    while len(bad.released) < ranks and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert {(word.push_id, word.session) for word in bad.released} == {
+        (report.push_id, bad.bodies["/abort_update"]["session"])
+    }
+    assert len(bad.released) == ranks
+    assert good.released == []
     assert arrived(good, weights)
     assert arrived(good, weights, worker=1)
 
