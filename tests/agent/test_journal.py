@@ -147,6 +147,38 @@ async def test_an_engine_that_was_being_written_to_is_torn_for_the_next_agent(
     assert (await repair.push(9))["state"] == "ready"
 
 
+async def test_a_push_in_shadow_mode_is_given_up_by_the_next_agent_and_the_engine_serves_on(
+    start, engine, trainer
+):
+    t = trainer(await start())
+    await t.init(mode="shadow")
+    await t.connect()
+    await t.begin(1, mode="shadow")
+    t.agent = await start()
+    status = await t.agent.status()
+    assert (status["version"], status["session"], status["pause_owner"]) == (0, None, None)
+    assert (await t.commit(1, expect=409))["code"] == "stale_epoch"
+    assert not {"pause", "resume"} & set(engine.client.ops)
+
+
+async def test_the_way_back_outlives_the_agent(start, trainer):
+    t = trainer(await start())
+    await t.init(mode="shadow")
+    await t.connect()
+    await t.begin(1, mode="shadow")
+    await t.pause()
+    await t.commit(1)
+    await t.resume()
+    t.agent = await start()
+    assert (await t.agent.post("/rollback"))["version"] == 0
+    t.agent = await start()
+    assert (await t.agent.status())["rolled_back_from"] == 1
+    t.session, t.push_id = "s2", "p2"
+    await t.init(mode="shadow")
+    await t.connect()
+    assert (await t.begin(1, mode="shadow", expect=409))["code"] == "stale_version"
+
+
 async def test_versions_grow_though_agent_and_engine_start_anew(start, engine, trainer):
     t = await trainer(await start()).rendezvous()
     await t.push(7)
