@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
 from weightsync.errors import all_errors
+from weightsync_client.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "runbook.md").read_text()
@@ -48,3 +50,10 @@ def test_the_metrics_in_it_are_those_of_the_agent():
     observability = (ROOT / "docs" / "observability.md").read_text()
     for metric in set(re.findall(r"`(weightsync_[a-z_]+)`", TEXT)):
         assert f"`{metric}`" in observability, metric
+
+
+def test_the_commands_in_it_are_those_of_the_command_line():
+    commands = set(vars(typer.main.get_command(app))["commands"])
+    named = set(re.findall(r"`weightsync ([a-z]+)[` ]", TEXT))
+    assert len(named) >= 5
+    assert named <= commands
