@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import signal
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 
@@ -63,6 +64,14 @@ def reason_to_skip(markers: set[str], expression: str) -> str | None:
         if marker in markers and (lack := missing(marker)) is not None:
             return lack
     return None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_journal_of_an_earlier_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Ports come again: an agent must not find what another test's agent wrote down."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
