@@ -126,7 +126,7 @@ def test_an_old_version_is_refused_with_the_lowest_good_one(stack: Stack, held: 
 def test_another_protocol_version_names_both_versions(
     stack: Stack, held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("weightsync_client.rendezvous.PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
+    monkeypatch.setattr("weightsync_client.answers.PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
     with stack.new_publisher() as publisher, pytest.raises(ProtocolMismatchError) as caught:
         publisher.push(stack.weights())
     monkeypatch.undo()

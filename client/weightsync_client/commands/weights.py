@@ -186,8 +186,8 @@ def explain_command(
     """
     with errors_told("explain", as_json=as_json):
         from weightsync.checkpoint import Checkpoint
+        from weightsync_client.answers import ask_layouts
         from weightsync_client.policy import Roster
-        from weightsync_client.rendezvous import ask_layouts
 
         deadlines = Deadlines()
         with new_fleet(agents, token_file, deadlines) as fleet:
