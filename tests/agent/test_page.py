@@ -260,4 +260,5 @@ async def test_an_agent_that_is_gone_is_told_at_once_and_found_again(make_agent,
     await sees(page, "#state-name", "ready")  # what it said last is still there
     await make_agent(engine.url, port=port)
     await sees(page, "#link", "live")
+    await sees(page, "#state-name", "ready")  # it may have seen the new one join its engine
     assert await page.title() == "ready · version 0 · weightsync"
