@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.stack import QUICK, TOKEN, Stack, Weights, wait_until
 from weightsync.errors import WeightSyncError
+from weightsync.protocol import PushMode
 from weightsync_client import Publisher
 from weightsync_client.report import PushReport
 from weightsync_client.slots import Slots
@@ -51,7 +52,12 @@ class Struck:
 
 
 def strike(
-    stack: Stack, when: str, do: Callable[[], object], *, through: str | None = None
+    stack: Stack,
+    when: str,
+    do: Callable[[], object],
+    *,
+    through: str | None = None,
+    mode: PushMode = "direct",
 ) -> Struck:
     """Push new weights from this process, and do something at a moment of it.
 
@@ -68,7 +74,7 @@ def strike(
 
     with _armed(stack, when, now), contextlib.ExitStack() as owned:
         publisher = stack.publisher
-        if through is not None or when == "mid-write":
+        if through is not None or when == "mid-write" or mode != "direct":
             bound = sum(t.nbytes for t in weights.values()) // 4
             publisher = owned.enter_context(
                 Publisher(
@@ -76,6 +82,7 @@ def strike(
                     token=TOKEN,
                     deadlines=stack.deadlines,
                     progress=stack.progress,
+                    mode=mode,
                     max_slot_bytes=bound if when == "mid-write" else None,
                 )
             )

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from weightsync.protocol import PushMode
+
 #: what a push may end with for its trainer
 LOST = {"AgentUnreachableError"}
 LATE = {"DeadlineError"}
@@ -67,6 +69,11 @@ class Row(NamedTuple):
         return f"{self.who}-{how}-{self.when}".replace(" ", "-")
 
     @property
+    def mode(self) -> PushMode:
+        """Of the push."""
+        return "shadow" if self.who.startswith("shadow") else "direct"
+
+    @property
     def line(self) -> str:
         """The row in docs/failure-model.md."""
         told = sorted({_TOLD[name] for name in self.told}) or ["–"]
@@ -120,6 +127,23 @@ PROCESSES = [
     Row("engine", "stop", "mid-write", DEAD, {"torn"}),
     Row("engine", "stop", "commit", LATE, {"torn"}),
     Row("engine", "stop", "resume", LATE, {"new"}),
+]
+
+#: in mode ``shadow``, whose phases are fill, begin, write, prepare, pause, commit, resume
+SHADOW = [
+    Row("shadow trainer", "kill", "write", set(), {"old"}),
+    Row("shadow trainer", "kill", "prepare", set(), {"old"}),
+    Row("shadow trainer", "kill", "commit", set(), {"old"}),
+    Row("shadow trainer", "kill", "resume", set(), {"new"}),
+    Row("shadow agent", "kill", "write", LOST, {"old"}),
+    Row("shadow agent", "kill", "pause", LOST, {"old"}),
+    Row("shadow agent", "kill", "commit", LOST, {"old"}),
+    Row("shadow agent", "kill", "resume", LOST, {"new"}),
+    Row("shadow engine", "kill", "write", DEAD, {"started"}),
+    Row("shadow engine", "kill", "commit", DEAD, {"started"}),
+    Row("shadow engine", "stop", "prepare", LATE, {"old"}),
+    Row("shadow engine", "stop", "pause", LATE, {"old"}),
+    Row("shadow engine", "stop", "commit", LATE, {"torn"}),
 ]
 
 #: between trainer and agent

@@ -12,22 +12,22 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.moments import BOUND_S, START_S, settled, strike, what_is_served
-from tests.chaos.rows import PROCESSES, Row
+from tests.chaos.rows import PROCESSES, SHADOW, Row
 from tests.support.stack import TOKEN, Daemon, Stack, environ, save, wait_until
 from tests.support.trainer import trainer_held_at
 
 pytestmark = [pytest.mark.nixl, pytest.mark.chaos, pytest.mark.timeout(240)]
 
 
-@pytest.mark.parametrize("row", PROCESSES, ids=lambda row: row.id)
+@pytest.mark.parametrize("row", [*PROCESSES, *SHADOW], ids=lambda row: row.id)
 def test_a_process_that_dies_or_stands_still(row: Row, stack: Stack, tmp_path: Path) -> None:
     stack.push()  # what it goes back to is no checkpoint
     held = stack.held()
     started = time.monotonic()
-    if row.who == "trainer":
+    if row.who.endswith("trainer"):
         told = hurt_trainer(stack, row, tmp_path)
     else:
-        told = hurt_daemon(stack, row, stack.agent if row.who == "agent" else stack.engine)
+        told = hurt_daemon(stack, row, stack.agent if row.who.endswith("agent") else stack.engine)
     assert told in (row.told or {"nothing"})
     ended = settled(stack)
     took_s = time.monotonic() - started
@@ -49,7 +49,7 @@ def hurt_trainer(stack: Stack, row: Row, folder: Path) -> str:
     phase = row.when.removeprefix("in ")
     with trainer_held_at(
         phase, agent=stack.agent.url, token=TOKEN, weights=weights, env=environ(),
-        log=stack.folder / "trainer.log",
+        log=stack.folder / "trainer.log", mode=row.mode,
     ) as trainer:  # fmt: skip
         if row.how == "kill":
             if phase != row.when:
@@ -71,7 +71,8 @@ def hurt_trainer(stack: Stack, row: Row, folder: Path) -> str:
 def hurt_daemon(stack: Stack, row: Row, daemon: Daemon) -> str:
     """Agent or engine is hurt in a push of this process; what the push ended with."""
     try:
-        return strike(stack, row.when, daemon.kill if row.how == "kill" else daemon.freeze).how
+        do = daemon.kill if row.how == "kill" else daemon.freeze
+        return strike(stack, row.when, do, mode=row.mode).how
     finally:
         if daemon.runs:
             daemon.thaw()

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.rows import CONTROL, ENGINE, PROCESSES, Row
+from tests.chaos.rows import CONTROL, ENGINE, PROCESSES, SHADOW, Row
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "failure-model.md").read_text()
 NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", TEXT)))
-ROWS = [*PROCESSES, *CONTROL, *ENGINE]
+ROWS = [*PROCESSES, *SHADOW, *CONTROL, *ENGINE]
 
 
 @pytest.mark.parametrize(("file", "name"), NAMED, ids=[name for _, name in NAMED])

@@ -66,10 +66,17 @@ class Trainer:
 
 @contextmanager
 def trainer_held_at(
-    phase: str, *, agent: str, token: str, weights: Path, env: dict[str, str], log: Path
+    phase: str,
+    *,
+    agent: str,
+    token: str,
+    weights: Path,
+    env: dict[str, str],
+    log: Path,
+    mode: str = "direct",
 ) -> Iterator[Trainer]:
     """A trainer that pushes the safetensors file ``weights`` and has come to ``phase``."""
-    command = [sys.executable, str(Path(__file__)), agent, token, str(weights), phase]
+    command = [sys.executable, str(Path(__file__)), agent, token, str(weights), phase, mode]
     pipe = subprocess.PIPE
     with log.open("ab") as err:
         process = subprocess.Popen(
@@ -88,7 +95,7 @@ def trainer_held_at(
                 stream.close()
 
 
-def _main(agent: str, token: str, weights: str, phase: str) -> None:
+def _main(agent: str, token: str, weights: str, phase: str, mode: Any) -> None:
     from safetensors.torch import load_file
 
     from weightsync.errors import WeightSyncError
@@ -133,7 +140,9 @@ def _main(agent: str, token: str, weights: str, phase: str) -> None:
 
         Slots.refill = held_refill  # type: ignore[method-assign]
 
-    with Publisher([agent], token=token, progress=Hold(), max_slot_bytes=bound) as publisher:
+    with Publisher(
+        [agent], token=token, progress=Hold(), max_slot_bytes=bound, mode=mode
+    ) as publisher:
         try:
             report = publisher.push(given)
         except WeightSyncError as error:
