@@ -33,6 +33,6 @@ def test_no_row_is_told_that_is_not_run() -> None:
 
 
 def test_every_table_row_names_its_test() -> None:
-    for line in TEXT.splitlines():
+    for line in TEXT.split("## Soak")[0].splitlines():
         if line.startswith("| ") and not re.match(r"\| (promise|moment|fault|story) \|", line):
             assert re.search(r"`[\w/.:-]+` \|$", line), line
