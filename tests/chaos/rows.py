@@ -142,7 +142,7 @@ SHADOW = [
     Row("shadow engine", "kill", "write", DEAD, {"started"}),
     Row("shadow engine", "kill", "commit", DEAD, {"started"}),
     Row("shadow engine", "stop", "prepare", LATE, {"old"}),
-    Row("shadow engine", "stop", "pause", LATE, {"torn"}),
+    Row("shadow engine", "stop", "pause", LATE, {"old", "torn"}),
     Row("shadow engine", "stop", "commit", LATE, {"torn"}),
 ]
 
