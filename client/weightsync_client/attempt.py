@@ -17,6 +17,9 @@ from weightsync_client.report import PHASES
 from weightsync_client.trace import Recorder
 from weightsync_client.transaction import Transaction, describe
 
+#: seconds for an agent to take a word that it can do without
+_WORD_S = 2.0
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -145,9 +148,7 @@ class Attempt:
                 reason="its writers have given their handles up",
                 released=me,
             )
-            agent.post(
-                "/abort_update", request, StepResponse, timeout_s=self.settings.deadlines.abort_s
-            )
+            agent.post("/abort_update", request, StepResponse, timeout_s=_WORD_S)
 
         # where it fails, the agent waits for this process to come back or to end
         agents = [agent for agent in self.roster.agents if agent.url in sessions]

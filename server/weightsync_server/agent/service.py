@@ -21,7 +21,6 @@ from weightsync.process import Writer
 from weightsync.protocol import BeginRequest, PauseRequest
 from weightsync.state import AgentState, Effect, step
 from weightsync.state_events import (
-    Aborted,
     Attached,
     BeginAsked,
     CommitAsked,
@@ -32,19 +31,16 @@ from weightsync.state_events import (
     Event,
     InitAsked,
     Outcome,
-    PauseAsked,
     Paused,
-    PauseFailed,
-    PushFailed,
     Reloaded,
     Resumed,
-    ResumeFailed,
     RolledBack,
     SessionOpened,
 )
 from weightsync_server.agent.cache_reset import CacheReset
 from weightsync_server.agent.engines import Engines
 from weightsync_server.agent.events import EventHub
+from weightsync_server.agent.failures import failed_outcome, writes
 from weightsync_server.agent.fence import Fence
 from weightsync_server.agent.journal import Journal, Record, Remembered
 from weightsync_server.agent.metrics import Metrics
@@ -112,7 +108,7 @@ class Service:
         if record.session_owner and self.state.session is not None:
             self.guard.recall(self.state.session, record.session_owner)
         self.fence.recall(record.writers, record.fenced)
-        if record.state.owner is not None and _writes(record.state):
+        if record.state.owner is not None and writes(record.state):
             self.fence.ended(record.state.owner)
         self.metrics.show(self.state, 0)
 
@@ -227,7 +223,7 @@ class Service:
             self.fence.clear()
         elif isinstance(event, Committed):
             pass  # every write had completed, and the epoch goes on
-        elif before.owner is not None and _writes(before) and not _writes(self.state):
+        elif before.owner is not None and writes(before) and not writes(self.state):
             self.fence.ended(before.owner)
 
     def _record(self, state: AgentState) -> Record:
@@ -309,7 +305,7 @@ class Service:
             self.note(effect.value, error)
             if isinstance(error, EngineDetachedError) and effect is not Effect.ATTACH:
                 self.lose_engine(error.message)
-            outcome = _failed(effect, work, error)
+            outcome = failed_outcome(effect, work, error)
         seconds = time.monotonic() - started
         work.seconds[effect.value] = round(seconds, 6)
         work.span(effect.value, started, started + seconds)
@@ -402,36 +398,3 @@ class Service:
         await self.engines.reset_prefix_cache(work.left_s())
         work.seconds["reset_prefix_cache"] = round(time.monotonic() - started, 6)
         work.span("reset_prefix_cache", started, time.monotonic())
-
-
-def _writes(state: AgentState) -> bool:
-    """Whether a push may be writing; rollback and reload bring no version, or end the session."""
-    return (
-        state.phase in ("shadowing", "receiving")
-        and state.target is not None
-        and state.session is not None
-    )
-
-
-def _failed(effect: Effect, work: Work, error: WeightSyncError) -> Outcome | None:
-    match effect:
-        case Effect.ATTACH if work.extra.get("by_hand") and not isinstance(
-            error, EngineDetachedError
-        ):
-            return None  # nothing that it did before is in doubt
-        case Effect.ATTACH:
-            return EngineLost()
-        case Effect.PAUSE if isinstance(work.event, PauseAsked):
-            return PauseFailed(work.push_id)
-        case Effect.PAUSE:
-            return EngineLost()  # a torn engine that could not be stopped: attach again, and again
-        case Effect.RESUME:
-            return ResumeFailed()
-        case Effect.BEGIN | Effect.PREPARE | Effect.COMMIT | Effect.ROLLBACK | Effect.RELOAD:
-            # an engine that let a deadline pass would only let the next one pass too
-            silent = isinstance(error, (DeadlineError, EngineDetachedError))
-            return PushFailed(reachable=not silent or "places" in error.context)
-        case Effect.ABORT:
-            return Aborted(frozenset(), dirty=True)
-        case _:
-            return None
