@@ -24,7 +24,8 @@ from weightsync.state_events import (
     PrepareAsked,
     ResumeAsked,
 )
-from weightsync_server.agent.service import Work, _failed
+from weightsync_server.agent.failures import failed_outcome
+from weightsync_server.agent.work import Work
 
 SILENT = DeadlineError("no answer", hint="-")
 REFUSED = EngineError("a worker refused", hint="-", places=["w"])
@@ -140,7 +141,7 @@ def perform(w: World, a: int, *, reached: int | None = None, late: bool = False)
     if error is not None:
         if error is GONE and effect is not Effect.ATTACH:
             state = step(state, EngineLost()).state
-        outcome = _failed(effect, Work(event, 0.0), error)
+        outcome = failed_outcome(effect, Work(event, 0.0), error)
         failed = failed or effect is not Effect.CLOSE
     effects = tuple(rest)
     if outcome is not None:
