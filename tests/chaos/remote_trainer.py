@@ -17,6 +17,9 @@ from weightsync.errors import WeightSyncError
 from weightsync_client import Publisher
 from weightsync_client.progress import LogProgress
 
+#: every frame may be lost, and the switch between the hosts is a busy process
+_DEADLINES = QUICK.model_copy(update={"connect_s": 8.0, "status_s": 10.0})
+
 
 class _Hold(LogProgress):
     phase = ""
@@ -34,7 +37,7 @@ def _tell(**what: Any) -> None:
 def main() -> None:
     token, *agents = sys.argv[1:]
     hold = _Hold()
-    with Publisher(agents, token=token, deadlines=QUICK, progress=hold) as publisher:
+    with Publisher(agents, token=token, deadlines=_DEADLINES, progress=hold) as publisher:
         _tell(ready=True)
         for line in sys.stdin:
             order = json.loads(line)

@@ -21,12 +21,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.chaos.conftest import OPTIONS
 from tests.chaos.counts import Holds, holds, open_registrations
-from tests.chaos.moments import DEADLINES, settled
+from tests.chaos.moments import settled
 from tests.chaos.proxy import Link
 from tests.support.models import make_model
 from tests.support.stack import (
+    QUICK,
     TOKEN,
     AtPhase,
     Daemon,
@@ -39,6 +39,14 @@ from weightsync.errors import WeightSyncError
 from weightsync_client import Publisher
 
 PHASES = ("fill", "pause", "begin", "write", "commit", "resume")
+#: a push without a fault keeps its deadlines on a busy machine, too
+STEP_S, IDLE_S = 4.0, 10.0
+DEADLINES = QUICK.model_copy(
+    update=dict.fromkeys(
+        ("pause_s", "begin_s", "write_s", "commit_s", "resume_s", "abort_s"), STEP_S
+    )
+)
+OPTIONS = ["--engine-timeout-s", str(STEP_S), "--push-idle-timeout-s", str(IDLE_S)]
 #: of all pushes, those in which something happens
 FAULTY = 0.15
 #: of all pushes, those at the beginning in which processes are killed, too
