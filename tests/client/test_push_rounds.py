@@ -21,6 +21,7 @@ from weightsync.transport.base import PreparedWrite
 from weightsync.transport.inmemory import Fabric, Faults, InMemoryTransport
 from weightsync.transport.nixl import NixlTransport
 from weightsync_client import Deadlines, Publisher
+from weightsync_client.lending import Loan
 from weightsync_client.session import Session
 from weightsync_client.slots import Slots
 from weightsync_client.source import as_source
@@ -247,7 +248,7 @@ def test_a_refill_on_a_gpu_waits_for_no_work_of_the_trainer() -> None:
     regions = tuple(KernelRegion(n, "bfloat16", (1 << 16,), 1 << 17, "direct", 0) for n in weights)
     layout = WorkerLayout(WorkerPlace(), regions, records)
     plan = build_plan(manifest, [layout], max_slot_nbytes=1 << 18)
-    slots = Slots(plan, manifest, device)
+    slots = Slots(plan, manifest, device, Loan(None, manifest, device))
     slots.fill(source, 0)
     slots.refill(source, 2)  # the stream is made, the kernels are loaded
     slots.fill(source, 0)
