@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -116,3 +119,22 @@ def test_a_reserved_port_is_given_to_nobody_else_and_can_be_listened_on(processe
         stranger.bind(("127.0.0.1", port))
     with socket.create_server(("127.0.0.1", port)) as server:
         socket.create_connection(server.getsockname(), timeout=5).close()
+
+
+def test_a_ctrl_c_while_a_process_starts_leaves_it_to_be_ended(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    popen = subprocess.Popen
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        made = popen(*args, **kwargs)
+        signal.raise_signal(signal.SIGINT)
+        return made
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        processes.start("sleeper", SLEEP)
+    (sleeper,) = processes._started
+    end_all([sleeper])
+    assert sleeper.popen.returncode is not None
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -28,6 +28,12 @@ def recorded(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, b
     return calls
 
 
+def repeat(stack: Stack, path: str, body: bytes) -> httpx.Response:
+    """From the same trainer: a session is its own."""
+    http: httpx.Client = stack.publisher._held.fleet._http
+    return http.post(f"{stack.agent.url}{path}", content=body)
+
+
 def test_every_call_of_a_push_repeated_gets_the_same_answer_and_no_second_effect(
     stack: Stack, recorded: list[tuple[str, bytes, Any]]
 ) -> None:
@@ -43,10 +49,10 @@ def test_every_call_of_a_push_repeated_gets_the_same_answer_and_no_second_effect
             ("/resume", "ready"),
             ("/commit_update", "paused"),
         ):
-            answer = stack.raw_post(path, calls[path])
+            answer = repeat(stack, path, calls[path])
             assert answer.status_code == 200, answer.text
             assert answer.json()["state"] == state, path
-        again = stack.raw_post("/commit_update", calls["/commit_update"])
+        again = repeat(stack, "/commit_update", calls["/commit_update"])
         assert again.json() == answer.json()
         assert again.json()["version"] == report.version
         stack.assert_holds(weights, report.version)
@@ -61,7 +67,7 @@ def test_a_commit_repeated_after_the_next_push_does_not_bring_the_old_version_ba
     commit = next(body for path, body, _ in recorded if path == "/commit_update")
     weights = stack.weights()
     second = stack.push(weights)
-    answer = stack.raw_post("/commit_update", commit)
+    answer = repeat(stack, "/commit_update", commit)
     assert answer.json()["version"] == first.version
     stack.assert_holds(weights, second.version)
     stack.assert_a_whole_push_works()

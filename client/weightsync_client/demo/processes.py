@@ -7,8 +7,9 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -132,6 +133,26 @@ def end_all(processes: Sequence[Process], grace_s: float = _GRACE_S) -> None:
                         pipe.close()
 
 
+@contextlib.contextmanager
+def _unbroken() -> Iterator[None]:
+    """A Ctrl-C or SIGTERM that comes meanwhile is heard at the end."""
+    if threading.current_thread() is not threading.main_thread():  # it hears none
+        yield
+        return
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for late in came:
+            signal.raise_signal(late)
+
+
 class Processes:
     """All processes of one demo: a context manager that ends them.
 
@@ -167,8 +188,9 @@ class Processes:
     ) -> Process:
         """Start one.  ``talks``: its standard input and output are pipes to the demo."""
         log = self.logs / f"{name.replace(' ', '-')}.log"
-        process = Process(name, command, {**self._environ, **(environ or {})}, log, talks=talks)
-        self._started.append(process)
+        with _unbroken():  # one that was started and is not in the list would be left behind
+            process = Process(name, command, {**self._environ, **(environ or {})}, log, talks=talks)
+            self._started.append(process)
         return process
 
     def __enter__(self) -> Processes:
