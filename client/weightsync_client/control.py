@@ -31,7 +31,7 @@ from weightsync.errors import (
 from weightsync.protocol import SESSION_SECRET_HEADER, Message
 from weightsync_client.bearer import Bearer, Token
 from weightsync_client.settings import Deadlines
-from weightsync_client.threads import DaemonPool
+from weightsync_client.threads import DaemonPool, wait_for_all
 from weightsync_client.tls import tls_hint
 
 T = TypeVar("T")
@@ -275,7 +275,7 @@ class Fleet:
         if len(agents) == 1:  # in this thread, so that Ctrl-C ends the wait at once
             return [call(agents[0])]
         running = [self.aside(call, agent) for agent in agents]
-        cf.wait(running)  # each ends at its own deadline
+        wait_for_all(running)
         errors = [e for f in running if (e := f.exception()) is not None]
         if errors:
             raise first_of(errors)

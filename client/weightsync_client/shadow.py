@@ -53,14 +53,7 @@ class ShadowTransaction(Transaction):
         """
 
         def call(agent: Agent) -> None:
-            request = PrepareRequest(
-                session=self._members[agent.url].session,
-                epoch=self._members[agent.url].epoch,
-                push_id=self._push_id,
-                version=self._version,
-                ranks=self._digests[agent.url],
-                timeout_s=timeout_s,
-            )
+            request = self._sent(PrepareRequest, agent, timeout_s)
             self._post(agent, "/prepare_commit", request, timeout_s)
             if not any(_lands_live(worker) for worker in self._members[agent.url].workers):
                 self._digests[agent.url] = []

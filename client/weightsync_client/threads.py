@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, wait
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+#: how long a Ctrl-C may go unheard
+_STEP_S = 0.2
+
+
+def wait_for_all(futures: Collection[Future[T]]) -> None:
+    """Wait until all calls are over; each ends at a deadline of its own (WS-6).
+
+    In steps: a signal that comes just before a thread goes to sleep does not wake it, and a wait
+    without an end would never hear of it.
+    """
+    while wait(futures, timeout=_STEP_S).not_done:
+        pass
 
 
 class DaemonPool:

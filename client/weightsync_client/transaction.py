@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from contextlib import suppress
 from enum import IntEnum
+from typing import TypeVar
 
 from weightsync.errors import DeadlineError, StaleEpochError, StateError, WeightSyncError
 from weightsync.protocol import (
@@ -16,6 +17,7 @@ from weightsync.protocol import (
     Message,
     PauseMode,
     PauseRequest,
+    PrepareRequest,
     RankDigests,
     ResumeRequest,
     StepResponse,
@@ -26,7 +28,10 @@ from weightsync_client.policy import Roster
 from weightsync_client.report import AgentOutcome
 from weightsync_client.session import Session
 from weightsync_client.settings import Deadlines
+from weightsync_client.threads import wait_for_all
 from weightsync_client.trace import Recorder
+
+S = TypeVar("S", PrepareRequest, CommitRequest)
 
 #: a push that its agents heard of so lately is not given up by them
 _FRESH_S = 1.0
@@ -166,6 +171,17 @@ class Transaction:
             self._roster, self._push_id, self._deadlines, heard_at=self._heard_at, fresh_s=_FRESH_S
         )
 
+    def _sent(self, kind: type[S], agent: Agent, timeout_s: float) -> S:
+        """A call about what was written, with its digests."""
+        return kind(
+            session=self._members[agent.url].session,
+            epoch=self._members[agent.url].epoch,
+            push_id=self._push_id,
+            version=self._version,
+            ranks=self._digests[agent.url],
+            timeout_s=timeout_s,
+        )
+
     def commit(self, *, timeout_s: float) -> None:
         """Make the version real everywhere.  Every write has completed.
 
@@ -174,14 +190,7 @@ class Transaction:
         """
 
         def call(agent: Agent) -> None:
-            request = CommitRequest(
-                session=self._members[agent.url].session,
-                epoch=self._members[agent.url].epoch,
-                push_id=self._push_id,
-                version=self._version,
-                ranks=self._digests[agent.url],
-                timeout_s=timeout_s,
-            )
+            request = self._sent(CommitRequest, agent, timeout_s)
             self.stages[agent.url] = Stage.COMMITTING
             answer = self._post(agent, "/commit_update", request, timeout_s)
             self.stages[agent.url] = Stage.COMMITTED
@@ -196,7 +205,7 @@ class Transaction:
 
     def outcomes(self) -> tuple[AgentOutcome, ...]:
         """What became of each agent, once those that were dropped have been told, or tried to."""
-        wait(self._aborts)  # each ends at its own deadlines
+        wait_for_all(self._aborts)
         return tuple(self._outcome(agent.url) for agent in self._roster.agents)
 
     def _outcome(self, url: str) -> AgentOutcome:
@@ -221,7 +230,7 @@ class Transaction:
         answers = self._roster.fleet.attempt(
             lambda agent: self._abort(agent, reason, self._take_back), self._roster.present
         )
-        wait(self._aborts)
+        wait_for_all(self._aborts)
         return [str(answer) for answer in answers.values() if isinstance(answer, WeightSyncError)]
 
     def _abort(self, agent: Agent, reason: str, committed: Callable[[Agent], object]) -> None:

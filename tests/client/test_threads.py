@@ -40,7 +40,6 @@ def test_an_error_of_a_call_is_its_futures() -> None:
     pool.close()
 
 
-@pytest.mark.slow  # it measures how soon a process ends, which other work on its cores delays
 def test_ctrl_c_in_a_call_that_hangs_ends_the_process_soon(make_agent) -> None:
     """The deadline of the call that hangs is far off; the process does not wait for it."""
     agents: list[Agent] = [make_agent(), make_agent()]

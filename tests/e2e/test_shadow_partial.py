@@ -50,21 +50,20 @@ def test_what_has_no_shadow_is_written_in_the_pause_and_all_equals_a_fresh_load(
     assert isinstance(stack.refusal("/rollback"), NoPreviousError)
 
 
+def flip(stack: Stack, mode: str) -> None:
+    """A bit of what the slots hold for a region of that mode."""
+    session = stack.publisher._held.session
+    assert session is not None
+    (worker,) = session.workers
+    writes = session._plan.rounds[0].writes[worker.like]
+    first = next(w for w in writes if worker.layout.regions[w.region].mode == mode)
+    stack.slab()[first.slot_offset] ^= 1
+
+
 def test_bytes_that_change_before_the_pause_cost_nothing(stack: Stack) -> None:
     held = stack.held()
 
-    def flip() -> None:
-        session = stack.publisher._held.session
-        assert session is not None
-        (worker,) = session.workers
-        aside = [
-            w
-            for w in session._plan.rounds[0].writes[worker.like]
-            if worker.layout.regions[w.region].mode == "shadow"
-        ]
-        stack.slab()[aside[0].slot_offset] ^= 1
-
-    error = stack.failing_push(VerifyError, at="write", do=flip)
+    error = stack.failing_push(VerifyError, at="write", do=lambda: flip(stack, "shadow"))
     assert error.context["phase"] == "prepare"
     stack.assert_serves(held)
     stack.assert_a_whole_push_works()
@@ -73,18 +72,7 @@ def test_bytes_that_change_before_the_pause_cost_nothing(stack: Stack) -> None:
 def test_bytes_that_change_in_the_pause_tear_the_engine_and_a_push_repairs(stack: Stack) -> None:
     stack.push()
 
-    def flip() -> None:
-        session = stack.publisher._held.session
-        assert session is not None
-        (worker,) = session.workers
-        live = [
-            w
-            for w in session._plan.rounds[0].writes[worker.like]
-            if worker.layout.regions[w.region].mode == "direct"
-        ]
-        stack.slab()[live[0].slot_offset] ^= 1
-
-    error = stack.failing_push(VerifyError, at="pause", do=flip)
+    error = stack.failing_push(VerifyError, at="pause", do=lambda: flip(stack, "direct"))
     assert error.context["phase"] == "commit"
     stack.assert_torn()
     stack.assert_a_whole_push_works()
