@@ -34,14 +34,32 @@ class DescribeReply:
 
 @dataclass(frozen=True, slots=True)
 class AttachBody:
-    """``proof``: ``windows`` or ``full``."""
+    """``proof``: ``windows`` or ``full``.  ``shadow_device``: as in :class:`LayoutBody`."""
 
     proof: str
+    shadow_device: str = "same"
+
+
+@dataclass(frozen=True, slots=True)
+class Headroom:
+    """What pushes in shadow mode take of one kind of memory, with a shadow of all weights.
+
+    ``kind``: ``VRAM`` or ``DRAM``.  ``held_nbytes``: what they have of it already.
+    ``free_nbytes``: what is left for the rest; None: nobody knows.
+    """
+
+    kind: str
+    needed_nbytes: int
+    held_nbytes: int
+    free_nbytes: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class AttachReply:
-    """Counts of kernel tensors by mode, what was refused, and warnings for a person."""
+    """Counts of kernel tensors by mode, what was refused, and warnings for a person.
+
+    ``headroom``: of each kind of memory that a shadow would take.
+    """
 
     kernel_tensors: int
     direct: int
@@ -49,6 +67,7 @@ class AttachReply:
     refusals: list[tuple[str, str]]
     warnings: list[str]
     seconds: dict[str, float] = field(default_factory=dict)
+    headroom: list[Headroom] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from weightsync.worker_messages import (
     CommitReply,
     ConnectBody,
     DescribeReply,
+    Headroom,
     LayoutBody,
     LayoutReply,
     PrepareBody,
@@ -103,6 +104,7 @@ class FakeWorker:
     rollback_to: int | None = None
     checkpoint: bool = False
     rolled_back_from: int = 0
+    headroom: list[Headroom] = field(default_factory=list)
 
     def run(self, command: WorkerCommand) -> object:
         self.received.append(command)
@@ -115,7 +117,8 @@ class FakeWorker:
                     rolled_back_from=self.rolled_back_from,
                 )  # fmt: skip
             case "attach":
-                return AttachReply(3, 2, 1, [("odd.weight", "unproven")], ["mind the gap"], {})
+                refusals = [("odd.weight", "unproven")]
+                return AttachReply(3, 2, 1, refusals, ["mind the gap"], {}, self.headroom)
             case "layout":
                 asked = unpack(body, LayoutBody)
                 self.epoch, self.shadow = asked.epoch, asked.mode == "shadow"

@@ -131,3 +131,15 @@ def test_verify_compares_what_serves(stack: Stack, run: Run) -> None:
     assert run("verify", other, "--agent", stack.agent.url).code == 1
     # and it leaves the way back open
     assert stack.post("/rollback").json()["state"] == "ready"
+
+
+def test_status_tells_what_a_shadow_needs_and_what_of_it_is_held(stack: Stack) -> None:
+    stack.push()
+    stack.post("/attach").raise_for_status()
+    (room,) = stack.status()["workers"][0]["shadow_headroom"]
+    assert room["kind"] == "DRAM"
+    page = 4096  # what a slab is rounded to
+    assert room["needed_nbytes"] - page <= room["held_nbytes"] <= room["needed_nbytes"]
+    nbytes = sum(t.nbytes for t in stack.weights().values())
+    assert nbytes <= room["needed_nbytes"] < 1.1 * nbytes
+    assert room["free_nbytes"] > 0

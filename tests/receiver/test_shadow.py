@@ -16,6 +16,7 @@ from weightsync.errors import (
     StaleVersionError,
     VerifyError,
 )
+from weightsync.slab import ALIGN_NBYTES
 from weightsync.transport.inmemory import Faults
 from weightsync.worker_messages import (
     AbortBody,
@@ -303,6 +304,27 @@ def test_a_shadow_that_does_not_fit_is_refused_with_the_bytes(engine, monkeypatc
     trainer.rendezvous(weights())
     trainer.push(weights(1), 1)
     assert serves(engine, weights(1))
+
+
+def test_attach_tells_what_a_whole_shadow_takes_and_then_what_is_held(engine):
+    receiver, trainer = new_pair(engine)
+    trainer.mode = "shadow"
+    (before,) = receiver.attach(AttachBody("windows")).headroom
+    assert (before.kind, before.held_nbytes) == ("DRAM", 0)
+    assert before.free_nbytes is not None
+    trainer.rendezvous(weights())
+    push(trainer, 1, 1)
+    (after,) = receiver.attach(AttachBody("windows")).headroom
+    assert after.needed_nbytes == before.needed_nbytes
+    # no more than was told, but for the page that a slab is rounded to
+    assert before.needed_nbytes - ALIGN_NBYTES <= after.held_nbytes <= before.needed_nbytes
+
+
+def test_of_unproven_weights_all_count(engine):
+    (known,) = new_pair(engine)[0].attach(AttachBody("windows")).headroom
+    (guessed,) = new_pair(make(None))[0].attach(AttachBody("windows")).headroom
+    nbytes = sum(t.nbytes for t in engine.new_twin().parameters())
+    assert nbytes <= guessed.needed_nbytes <= known.needed_nbytes
 
 
 @pytest.mark.parametrize("sizes", [[], [1], [3, 0, 17], [1 << 20, (1 << 20) + 1, 5 << 20]])

@@ -115,12 +115,14 @@ class Agent:
             self.metrics,
             settings.journal or default_path(settings.engine_url),
             engine_timeout_s=settings.engine_timeout_s,
+            shadow=ShadowTerms(
+                settings.shadow_device, settings.max_shadow_nbytes, settings.require_shadow
+            ),
         )
         self.calls = Calls(
             self.service,
             engine_timeout_s=settings.engine_timeout_s,
             max_unpacked_nbytes=settings.max_unpacked_nbytes,
-            shadow=ShadowTerms(settings.shadow_device, settings.max_shadow_nbytes),
         )
         self._recalled = False
         self.app = self._make_app(secret)

@@ -62,7 +62,6 @@ from weightsync_server.agent.once import Mark, Once
 from weightsync_server.agent.pushes import Traffic
 from weightsync_server.agent.service import Service
 from weightsync_server.agent.work import Work
-from weightsync_server.agent.workers import ShadowTerms
 
 R = TypeVar("R", PrepareRequest, CommitRequest)
 
@@ -76,7 +75,6 @@ class Calls:
         service: Carries the asks out.
         engine_timeout_s: Seconds for requests that bring no deadline.
         max_unpacked_nbytes: Bytes that a packed record may have once inflated.
-        shadow: For pushes in shadow mode.
     """
 
     def __init__(
@@ -85,10 +83,8 @@ class Calls:
         *,
         engine_timeout_s: float,
         max_unpacked_nbytes: int,
-        shadow: ShadowTerms,
     ) -> None:
         self._service = service
-        self._shadow = shadow
         self._engine_timeout_s = engine_timeout_s
         self._bodies = Bodies(max_unpacked_nbytes)
         self._once = Once(self._remember)
@@ -216,9 +212,7 @@ class Calls:
         async def work(begun: Mark) -> InitTransferResponse:
             event = InitAsked(request.session)
             made = self._work(event, request, request.timeout_s, begun)
-            made.extra |= {
-                "manifest": manifest.tensors, "mode": request.mode, "shadow": self._shadow,
-            }  # fmt: skip
+            made.extra |= {"manifest": manifest.tensors, "mode": request.mode}
             await service.run(made)
             state = service.state
             return InitTransferResponse(

@@ -48,10 +48,9 @@ from weightsync_server.agent.pushes import PushClock
 from weightsync_server.agent.session_guard import SessionGuard
 from weightsync_server.agent.status import ErrorStatus
 from weightsync_server.agent.work import Work
-from weightsync_server.agent.workers import Workers, common
+from weightsync_server.agent.workers import ShadowTerms, Workers, common
 
 log = logging.getLogger(__name__)
-
 
 #: steps that no push is part of: their times go into the metrics alone
 _WITHOUT_PUSH = (Effect.ATTACH, Effect.OPEN, Effect.CONNECT)
@@ -62,10 +61,10 @@ class Service:
 
     Args:
         engines: Calls to the engines, which are one to the state machine.
-        hub: Where changes of state are published.
-        metrics: Where they are counted.
+        hub, metrics: Where changes of state are published, and counted.
         journal_path: Where it is kept what a restart must not forget.
         engine_timeout_s: Seconds for calls that clean up, whose ask may be out of time.
+        shadow: For pushes in shadow mode.
     """
 
     def __init__(
@@ -76,10 +75,11 @@ class Service:
         journal_path: Path,
         *,
         engine_timeout_s: float,
+        shadow: ShadowTerms,
     ) -> None:
         self.state = AgentState()
         self.engines = engines
-        self.workers = Workers(engines)
+        self.workers = Workers(engines, shadow)
         self.hub = hub
         self.metrics = metrics
         self.clock = PushClock(hub, metrics)
@@ -338,7 +338,7 @@ class Service:
                 await self.engines.resume(self._engine_timeout_s)
                 return Resumed()
             case Effect.OPEN if isinstance(event, InitAsked):
-                terms = (work.extra[k] for k in ("manifest", "mode", "shadow"))
+                terms = (work.extra[k] for k in ("manifest", "mode"))
                 work.result, before = await self.workers.layout(
                     state.epoch, event.session, *terms, timeout_s=work.left_s()
                 )

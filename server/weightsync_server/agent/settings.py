@@ -87,6 +87,9 @@ class AgentSettings(BaseModel):
     max_shadow_nbytes: Annotated[int, Field(ge=0)] | None = None
     """Bytes of shadow that a worker may take; what does not fit is written directly, while the
     engine is paused. None: all of it, or no push."""
+    require_shadow: bool = False
+    """An engine without room for a shadow of all its weights is refused when it is joined, not at
+    the first push in shadow mode."""
     heartbeat_s: Seconds = 15.0
     """Seconds between two signs of life on /events."""
     shutdown_timeout_s: Seconds = 3.0
@@ -106,6 +109,12 @@ class AgentSettings(BaseModel):
     def _tls_fits_together(self) -> AgentSettings:
         if self.tls_cert is None and (self.tls_key or self.tls_client_ca or self.probe_port):
             raise ValueError("tls_key, tls_client_ca and probe_port need tls_cert")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _shadow_is_whole_or_partial(self) -> AgentSettings:
+        if self.require_shadow and self.max_shadow_nbytes is not None:
+            raise ValueError("require_shadow is of all weights, max_shadow_nbytes of a part")
         return self
 
     @pydantic.field_validator("engine_url", mode="after")

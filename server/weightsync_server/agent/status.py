@@ -24,6 +24,15 @@ class EngineStatus(Model):
     warnings: list[str] = []
 
 
+class HeadroomStatus(Model):
+    """What pushes in shadow mode take of one kind of memory: see ``worker_messages.Headroom``."""
+
+    kind: str
+    needed_nbytes: int
+    held_nbytes: int
+    free_nbytes: int | None
+
+
 class WorkerStatus(Model):
     """One worker, as it last described itself."""
 
@@ -39,6 +48,7 @@ class WorkerStatus(Model):
     refusals: list[Refusal] = []
     warnings: list[str] = []
     attach_seconds: dict[str, float] = {}
+    shadow_headroom: list[HeadroomStatus] = []
 
 
 class PhaseStatus(Model):

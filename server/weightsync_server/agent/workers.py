@@ -6,7 +6,7 @@ import asyncio
 import base64
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from weightsync.codec import pack
@@ -37,7 +37,8 @@ from weightsync.worker_messages import (
 )
 from weightsync_server.agent.engine_client import Answer
 from weightsync_server.agent.engines import Engines
-from weightsync_server.agent.status import EngineStatus, WorkerStatus
+from weightsync_server.agent.headroom import check_headroom
+from weightsync_server.agent.status import EngineStatus, HeadroomStatus, WorkerStatus
 
 T = TypeVar("T")
 
@@ -46,17 +47,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ShadowTerms:
-    """Where shadows lie, and what they may take."""
+    """Where shadows lie, what they may take, and whether engines without room are refused."""
 
     device: str = "same"
     max_nbytes: int | None = None
+    required: bool = False
 
 
 class Workers:
     """The workers of all engines.  Used on the event loop only."""
 
-    def __init__(self, engines: Engines) -> None:
+    def __init__(self, engines: Engines, shadow: ShadowTerms) -> None:
         self._engines = engines
+        self._shadow = shadow
         self.engines = [EngineStatus(url=client.base_url) for client in engines.clients]
         self.status: list[WorkerStatus] = []
         #: the process behind each place, as last described
@@ -106,10 +109,15 @@ class Workers:
         status = [_described(a, known.get(a.place)) for a in answers]
         if not dirty and (again or len(known) < len(status)):
             proofs = await self._engines.ask(
-                "attach", AttachReply, body=AttachBody(proof), timeout_s=timeout_s
+                "attach",
+                AttachReply,
+                body=AttachBody(proof, self._shadow.device),
+                timeout_s=timeout_s,
             )
             for worker, proven in zip(status, proofs, strict=True):
                 _add_proof(worker, proven.body)
+            if self._shadow.required:
+                check_headroom(status)
         self.status = status
         self.instances = {a.place: a.instance for a in answers}
         self.engines = [
@@ -133,7 +141,6 @@ class Workers:
         session: str,
         manifest: tuple[TensorSpec, ...],
         mode: PushMode,
-        shadow: ShadowTerms,
         *,
         timeout_s: float,
     ) -> tuple[list[WorkerOffer], int | None]:
@@ -142,6 +149,7 @@ class Workers:
         Returns:
             What each offers, sorted by place; the version before, if all still keep it.
         """
+        shadow = self._shadow
         answers = self._same(
             await self._engines.ask(
                 "layout",
@@ -316,6 +324,7 @@ def _add_proof(worker: WorkerStatus, proof: AttachReply) -> None:
     worker.refusals = [Refusal(tensor=t, reason=r) for t, r in proof.refusals]
     worker.warnings = list(proof.warnings)
     worker.attach_seconds = dict(proof.seconds)
+    worker.shadow_headroom = [HeadroomStatus(**asdict(memory)) for memory in proof.headroom]
     for warning in proof.warnings:
         log.warning("%s: %s", worker.place, warning)
     for refusal in worker.refusals:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
 from weightsync.errors import NoPreviousError
-from weightsync.worker_messages import LayoutBody
+from weightsync.worker_messages import Headroom, LayoutBody
 from weightsync_server.engines.base import EngineAdapter
 from weightsync_server.receiver.installer import renew
 from weightsync_server.receiver.kept import Kept, kept_nbytes
 from weightsync_server.receiver.proof import Prover
-from weightsync_server.receiver.shadow import Shadow, check_headroom, fitting, shadow_nbytes
+from weightsync_server.receiver.shadow import (
+    Shadow,
+    check_headroom,
+    fitting,
+    free_nbytes,
+    shadow_nbytes,
+)
 from weightsync_server.receiver.units import Proofs, Unit
 
 
@@ -71,6 +78,48 @@ class History:
         else:
             check_headroom(device, shadow, "the shadow of the weights")
             check_headroom(self._adapter.device, kept, "what a rollback of the weights puts back")
+
+    def headroom(
+        self, shadow_device: str, proofs: Proofs | None, buffers: Iterable[torch.Tensor]
+    ) -> list[Headroom]:
+        """What a shadow of all weights takes of each kind of memory, and what there is.
+
+        Where nothing is proven yet, all weights count as if they could be written directly.
+
+        Args:
+            shadow_device: See :class:`LayoutBody`.
+            proofs: How bytes may reach the kernel tensors; None: nothing is proven.
+            buffers: Of staged tensors, those that there are.
+        """
+        home = self._adapter.device
+        aside = torch.device("cpu") if shadow_device == "cpu" else home
+        if proofs is None:
+            direct, staged = [n for n, _ in self._prover.twin.named_parameters()], []
+        else:
+            modes = {n: proofs.mode(n) for u in proofs.units for n in u.params.values()}
+            direct = [n for n, mode in modes.items() if mode == "direct"]
+            staged = [n for n, mode in modes.items() if mode == "staged"]
+        like = self._prover.load_format
+        needed, held = Counter[str](), Counter[str]()
+        needed[aside.type] += shadow_nbytes({n: like(n) for n in direct})
+        needed[aside.type] += sum(like(n).nbytes for n in staged)
+        if proofs is not None:
+            needed[home.type] += kept_nbytes(self._prover, _staged(proofs))
+        if self._shadow is not None:
+            held[self._shadow.device.type] += self._shadow.slab.nbytes
+        held[home.type] += self._kept.nbytes
+        for buffer in buffers:
+            held[buffer.device.type] += buffer.nbytes
+        return [
+            Headroom(
+                "VRAM" if device.type == "cuda" else "DRAM",
+                needed[device.type],
+                held[device.type],
+                free_nbytes(device),
+            )
+            for device in dict.fromkeys((home, aside))
+            if needed[device.type]
+        ]
 
     def forget(self, *, shadowed: bool) -> None:
         """A push begins: what was kept is about to be written over, or to be of no use.

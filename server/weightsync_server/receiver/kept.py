@@ -55,6 +55,11 @@ class Kept:
             for t in module.tensors:
                 t.copy_(self._copies[_key(t)])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the copies take."""
+        return sum(t.numel() * t.element_size() for t in self._copies.values())
+
     def clear(self) -> None:
         """Let go of it all."""
         self._modules, self._copies = [], {}

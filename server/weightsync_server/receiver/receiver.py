@@ -11,6 +11,7 @@ import logging
 import os
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 
 from weightsync.errors import (
     LayoutError,
@@ -104,7 +105,10 @@ class Receiver:
     def attach(self, body: AttachBody) -> AttachReply:
         """Prove how bytes may reach the kernel tensors.  See :class:`Attachment`."""
         self._drop_moved()
-        return self._attachment.attach(full=body.proof == "full", pushed=self._pushed)
+        reply = self._attachment.attach(full=body.proof == "full", pushed=self._pushed)
+        buffers = () if self._epoch is None else self._epoch.target.buffers()
+        headroom = self._history.headroom(body.shadow_device, self._attachment.proofs, buffers)
+        return replace(reply, headroom=headroom)
 
     @property
     def _pushed(self) -> bool:

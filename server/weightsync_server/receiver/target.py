@@ -147,6 +147,10 @@ class Target:
         scratch = Scratch(at.addr, at.nbytes, at.kind, at.device_id)
         self.layout = WorkerLayout(place, tuple(regions), tuple(records), skipped, scratch)
 
+    def buffers(self) -> list[torch.Tensor]:
+        """What staged tensors are installed from."""
+        return [self.memory[name] for name in self.staged]
+
     def scratch_memory(self) -> LocalMemory:
         """Where probes go."""
         on_gpu = self.scratch.is_cuda
