@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -13,19 +14,47 @@ from weightsync.plan import TransportPlan
 from weightsync.slab import Slab
 from weightsync.slots import Fill
 from weightsync.transport.base import LocalMemory
+from weightsync_client.converted import ConvertedSource
 from weightsync_client.lending import Loan
-from weightsync_client.source import WeightSource
+from weightsync_client.source import StateDictSource, WeightSource
+from weightsync_client.structure import PreparedSource
+
+#: slots up to this are filled together: a call would cost more than the copy
+_SMALL_NBYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Job:
-    """All copies out of one box: where each goes, and what of the box goes there."""
+    """All copies out of one box: where each goes, and what of the box goes there.
+
+    ``shape``, of the box, is known from the first fill on; ``whole`` are then the slots that take
+    all of it, seen in its shape, and ``copies`` the others.
+    """
 
     name: str
     box: int
     made: torch.dtype
     rounds: bool
-    copies: tuple[tuple[torch.Tensor, tuple[int, ...], tuple[int, ...], int], ...]
+    copies: list[tuple[torch.Tensor, tuple[int, ...], tuple[int, ...], int]]
+    shape: tuple[int, ...] | None = None
+    whole: list[torch.Tensor] = field(default_factory=list)
+    small: bool = False
+
+    @property
+    def slots(self) -> tuple[torch.Tensor, ...]:
+        """All that is filled."""
+        return (*self.whole, *(copy[0] for copy in self.copies))
+
+    def settle(self, shape: tuple[int, ...]) -> None:
+        """Take in the box's shape, the same in all pushes of an epoch."""
+        every, self.copies, self.shape = self.copies, [], shape
+        for slot, size, strides, offset in every:
+            alike = strides == slot.stride() and not offset and slot.numel() == math.prod(shape)
+            if alike and slot.is_contiguous():
+                self.whole.append(slot.view(shape))
+            else:
+                self.copies.append((slot, size, strides, offset))
+        self.small = all(slot.nbytes <= _SMALL_NBYTES for slot in self.whole)
 
 
 class Slots:
@@ -48,7 +77,6 @@ class Slots:
         self._loan = loan
         self._rounds = [self._jobs(each.fills, manifest) for each in plan.rounds]
         self._aside: torch.cuda.Stream | None = None
-        self._shapes: dict[tuple[str, int], tuple[int, ...]] = {}
 
     def _jobs(self, fills: Iterable[Fill], manifest: Manifest) -> list[_Job]:
         by_box: dict[tuple[str, int], list[Fill]] = {}
@@ -68,7 +96,7 @@ class Slots:
             start = typed.storage_offset() + _elems(f.slot_offset, dtype, name)
             slot = typed.as_strided(f.shape, f.slot_strides, start)
             copies.append((slot, f.shape, f.src_strides, f.src_offset))
-        return _Job(name, box, made, any(c[0].dtype != made for c in copies), tuple(copies))
+        return _Job(name, box, made, any(c[0].dtype != made for c in copies), copies)
 
     @torch.no_grad()
     def fill(self, source: WeightSource, number: int = 0) -> None:
@@ -81,25 +109,36 @@ class Slots:
         Raises:
             InputError: A tensor has not the shape that the source declared.
         """
+        # what a source makes when it is asked is not held any longer than it must be
+        held = isinstance(source, PreparedSource | StateDictSource | ConvertedSource)
+        together: dict[tuple[torch.dtype, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for job in self._rounds[number]:
             local = source.local(job.name, job.box)
-            shape = self._shapes.get((job.name, job.box))
-            if shape is None:  # boxes are the same in all pushes of an epoch
-                shape = source.holdings()[job.name][job.box].shape
-                self._shapes[job.name, job.box] = shape
-            if local.shape != shape:
+            if job.shape is None:
+                job.settle(source.holdings()[job.name][job.box].shape)
+            if local.shape != job.shape:
                 raise InputError(
-                    f"{job.name!r} has shape {tuple(local.shape)}, declared was {shape}",
+                    f"{job.name!r} has shape {tuple(local.shape)}, declared was {job.shape}",
                     hint="weights must not change shape in a push",
                     tensor=job.name,
                 )
+            later = held and job.small
+            if job.rounds and local.dtype != job.made:
+                local, later = local.to(job.made), False  # WS-12
+            for slot in job.whole:
+                if later:
+                    together.setdefault((local.dtype, slot.dtype), []).append((slot, local))
+                else:
+                    slot.copy_(local)
+            if not job.copies:
+                continue
             # The plan's strides are those of a contiguous box.
             local = local.detach().contiguous()
-            if job.rounds and local.dtype != job.made:
-                local = local.to(job.made)  # WS-12
             start = local.storage_offset()
             for slot, size, strides, offset in job.copies:
                 slot.copy_(local.as_strided(size, strides, start + offset))
+        for pairs in together.values():
+            torch._foreach_copy_([slot for slot, _ in pairs], [local for _, local in pairs])
 
     def refill(self, source: WeightSource, number: int) -> None:
         """:meth:`fill` while other slots are on the wire; every copy has ended when this returns.
@@ -146,9 +185,7 @@ class Slots:
         slots: dict[tuple[str, int], tuple[torch.Tensor, ...]] = {}
         if number == 0:
             slots.update(dict.fromkeys(self._loan.lent, ()))
-        slots |= {
-            (job.name, job.box): tuple(c[0] for c in job.copies) for job in self._rounds[number]
-        }
+        slots |= {(job.name, job.box): job.slots for job in self._rounds[number]}
         for (name, box), copies in slots.items():
             local = source.local(name, box).detach()
             count = _count_nonfinite(local) if local.is_floating_point() else 0

@@ -15,6 +15,7 @@ from weightsync_client.conversion import ConversionSpec, conversion_of, find_con
 from weightsync_client.converted import ConvertedSource
 from weightsync_client.held import Held, LocalShard, hold
 from weightsync_client.hf import checkpoint_tensors
+from weightsync_client.modules import module_tensors
 
 #: a whole tensor, a DTensor, or a part of a tensor
 Tensor: TypeAlias = "torch.Tensor | LocalShard"
@@ -205,7 +206,9 @@ def named_tensors(
     if isinstance(module, nn.parallel.DistributedDataParallel):
         module = module.module
     module = getattr(module, "_orig_mod", module)
-    state = module.state_dict(keep_vars=keep)
+    state = module_tensors(module) if keep else None
+    if state is None:
+        state = module.state_dict(keep_vars=keep)
     return module, {n.replace("_orig_mod.", ""): t for n, t in state.items()}
 
 

@@ -45,6 +45,8 @@ class Structure:
     Attributes:
         model: The module; None: a mapping.
         form: Of its tensors, but for their addresses.
+        at: Their addresses when they were looked at first.
+        sharing: Which of them are parts of one memory, see :func:`_sharing`.
         declaration: What the source declared.
         holdings: Its boxes.
         views: Where they lie, by name and box.
@@ -52,6 +54,8 @@ class Structure:
 
     model: weakref.ref[nn.Module] | None
     form: list[object]
+    at: tuple[int, ...]
+    sharing: list[int]
     declaration: Declaration
     holdings: Mapping[str, tuple[Box, ...]]
     views: Mapping[str, tuple[_View, ...]]
@@ -84,7 +88,9 @@ class PreparedSource:
     def local(self, name: str, box_index: int) -> torch.Tensor:
         """The values of one box: a view."""
         view = self._structure.views[name][box_index]
-        base = self._bases[view.base].detach()
+        base = self._bases[view.base]
+        if base.requires_grad:
+            base = base.detach()
         if view.whole:
             return base
         return base.as_strided(view.shape, view.strides, base.storage_offset() + view.offset)
@@ -103,6 +109,9 @@ class Structures:
             return None
         found = _look(model)
         if found is None or found.form != known.form or (known.model is None) != found.mapping:
+            return None
+        # tensors of the same form at the same addresses share what they shared
+        if found.at != known.at and _sharing(found.bases) != known.sharing:
             return None
         return PreparedSource(known, found.bases, found.at)
 
@@ -129,7 +138,9 @@ class Structures:
                 made.append(_View(whole, k, *form))
             views[name] = tuple(made)
         ref = weakref.ref(model) if isinstance(model, nn.Module) else None
-        self._known = Structure(ref, found.form, declaration, dict(holdings), views)
+        self._known = Structure(
+            ref, found.form, found.at, _sharing(found.bases), declaration, dict(holdings), views
+        )
 
 
 class _Found(NamedTuple):
@@ -153,18 +164,19 @@ def _look(model: Weights) -> _Found | None:
             base, part = _part(tensor)
             if type(base) not in _PLAIN or base.is_neg():
                 return None
-            form.append(
-                (
-                    name, part, base.dtype, base.shape, base.stride(), base.storage_offset(),
-                    base.device,
-                )
+            form += (
+                name, part, base.dtype, base.shape, base.stride(), base.storage_offset(),
+                base.device,
             )  # fmt: skip
             bases.append(base)
-    # which are parts of one memory, tied ones among them: their offsets in it are above
-    first: dict[int, int] = {}
-    form.append([first.setdefault(_storage(base), k) for k, base in enumerate(bases)])
     at = tuple(base.data_ptr() for base in bases)
     return _Found(not isinstance(model, nn.Module), bases, form, at)
+
+
+def _sharing(bases: Sequence[torch.Tensor]) -> list[int]:
+    """The first of the tensors in the memory of each: tied ones are one, and parts of one."""
+    first: dict[int, int] = {}
+    return [first.setdefault(_storage(base), k) for k, base in enumerate(bases)]
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import Agent, Region
+from reference import Agent, Region, plain_regions
 from torch import nn
 
 from weightsync.errors import (
@@ -125,6 +125,32 @@ def test_non_contiguous_sliced_and_expanded_tensors_land_by_value(
     }
     make_publisher(agent).push(tensors)
     assert arrived(agent, {n: t.contiguous() for n, t in tensors.items()})
+
+
+def test_slots_filled_together_or_one_by_one_hold_the_same_bytes(
+    make_agent: Callable[..., Agent], make_publisher: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {
+        "bf16": torch.randn(6, 4).bfloat16(), "turned": torch.randn(4, 6).T, "fp32": torch.randn(5),
+        "one": torch.randn(1, 7), "int": torch.arange(9), "cast": torch.randn(8, 3),
+    }  # fmt: skip
+
+    def regions(manifest: Manifest) -> list[Region]:
+        wanted = plain_regions(manifest)
+        wanted[-1].dtype = "bfloat16"
+        return wanted
+
+    sent = []
+    for small in (1 << 20, 0):
+        monkeypatch.setattr("weightsync_client.slots._SMALL_NBYTES", small)
+        agent = make_agent(regions=regions)
+        publisher = make_publisher(agent, zero_copy_bytes=0)
+        for _ in range(2):
+            publisher.push(tensors)
+        sent.append({n: bytes(b.numpy()) for n, b in agent.workers[0].buffers.items()})
+    want = {n: t.to(torch.bfloat16) if n == "cast" else t for n, t in tensors.items()}
+    flat = {n: t.contiguous().view(-1).view(torch.uint8) for n, t in want.items()}
+    assert sent[0] == sent[1] == {n: bytes(t.numpy()) for n, t in flat.items()}
 
 
 def test_fused_and_transposed_regions_are_filled_in_destination_order(

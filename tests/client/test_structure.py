@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 
 from weightsync_client import ConversionSpec, LocalShard, Publisher, Rule, Unstack
+from weightsync_client.modules import module_tensors
 from weightsync_client.pushed import Pushed
 from weightsync_client.structure import PreparedSource, Structure, Structures
 
@@ -141,6 +142,34 @@ def test_another_model_of_the_same_form_and_what_is_no_model_are_looked_at() -> 
         assert not prepared(known, iter([("a", torch.ones(2))]))
     for _ in range(2):
         assert not prepared(known, {"a": torch.ones(2), "empty": torch.ones(0)})
+
+
+def test_a_modules_tensors_are_those_of_its_state_dict_in_its_order() -> None:
+    model = nn.Sequential(tied(), nn.BatchNorm1d(4), nn.Linear(2, 2, bias=False))
+    model[1].register_buffer("passing", torch.ones(3), persistent=False)
+    model[2].register_module("none", None)
+    found, wanted = module_tensors(model), model.state_dict(keep_vars=True)
+    assert found is not None
+    assert list(found) == list(wanted)
+    assert all(found[name] is wanted[name] for name in wanted)
+
+
+class Own(nn.Linear):
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.ones(3)
+
+
+@pytest.mark.parametrize("way", ["hook", "pre_hook", "class", "instance"])
+def test_a_module_that_saves_in_its_own_way_is_asked(way: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), Own(2, 2) if way == "class" else nn.Linear(2, 2))
+    assert (module_tensors(model) is None) == (way == "class")
+    if way == "hook":
+        model[1].register_state_dict_post_hook(lambda *_: None)
+    if way == "pre_hook":
+        model[1].register_state_dict_pre_hook(lambda *_: None)
+    if way == "instance":
+        model[1].state_dict = lambda **_: {}
+    assert module_tensors(model) is None
 
 
 def reachable(start: object) -> list[object]:
