@@ -22,8 +22,9 @@ def module_tensors(module: nn.Module) -> dict[str, torch.Tensor] | None:
 
 def _take(module: nn.Module, prefix: str, found: dict[str, torch.Tensor]) -> bool:
     own = module.__dict__
+    kind: object = type(module)
     if (
-        not _is_plain(type(module))
+        not _is_plain(kind)
         or own["_state_dict_hooks"]
         or own["_state_dict_pre_hooks"]
         or "state_dict" in own
