@@ -38,6 +38,14 @@ def _here() -> tuple[str, int]:
     return boot_id, (_PROC / "self/ns/pid").stat().st_ino
 
 
+def host_id() -> str | None:
+    """The same in all containers of a host, until it starts anew; None where nobody tells."""
+    try:
+        return _here()[0]
+    except OSError:
+        return None
+
+
 def this_process() -> Writer | None:
     """The calling process; None where the system does not tell."""
     try:

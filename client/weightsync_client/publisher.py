@@ -329,10 +329,12 @@ def _maker(transport: str | Callable[[], Transport]) -> Callable[[], Transport]:
 def make_nixl() -> Transport:
     """The transport of a trainer."""
     # only here, so that a publisher with another transport needs no NIXL
+    from weightsync.transport.cuda_ipc import CudaIpcTransport
     from weightsync.transport.nixl import NixlTransport
 
+    gpu = cuda_address(torch.device("cuda"))
     # A trainer only writes, and makes progress while it waits: no thread runs beside its training.
-    return NixlTransport("trainer", progress_thread=False, gpu=cuda_address(torch.device("cuda")))
+    return CudaIpcTransport(NixlTransport("trainer", progress_thread=False, gpu=gpu))
 
 
 def make_ucxx() -> Transport:

@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 
 from weightsync.transport import (
+    CudaIpcTransport,
     Fabric,
     Faults,
     InMemoryTransport,
@@ -14,7 +18,47 @@ from weightsync.transport import (
     NixlTransport,
     Transport,
     UcxxTransport,
+    cuda_ipc,
 )
+from weightsync.transport.base import Side
+
+
+class GpuBytes:
+    """Device memory that looks like an array of numpy's, as far as the tests of transports do."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.tensor = torch.zeros(nbytes, dtype=torch.uint8, device="cuda:0")
+        self.nbytes = nbytes
+        self.ctypes = SimpleNamespace(data=self.tensor.data_ptr())
+        torch.cuda.synchronize()
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self.tensor.cpu().numpy()
+
+    def __getattr__(self, name: str):
+        return getattr(np.asarray(self), name)
+
+    def __getitem__(self, key):
+        return np.asarray(self)[key]
+
+    def __setitem__(self, key, value) -> None:
+        array = np.asarray(self)
+        array[key] = value
+        self.tensor.copy_(torch.from_numpy(array))
+        torch.cuda.synchronize()
+
+    def __eq__(self, other):
+        return np.asarray(self) == other
+
+    __hash__ = None
+
+
+class OnGpus(CudaIpcTransport):
+    """Writes within the first GPU, however little."""
+
+    def prepare(self, peer, ops, **_):
+        with patch.object(cuda_ipc, "_LEAST_NBYTES", 0):
+            return super().prepare(peer, ops, local=Side("VRAM", 0), remote=Side("VRAM", 0))
 
 
 class Wire:
@@ -29,7 +73,7 @@ class Wire:
     def end(self) -> Transport:
         if self.kind == "inmemory":
             return self._keep(InMemoryTransport(self.fabric))
-        return self._keep(NixlTransport("test") if self.kind == "nixl" else UcxxTransport("test"))
+        return self._keep(_MAKERS[self.kind]("test"))
 
     def stalled_end(self) -> Transport:
         """An end at which no write ever completes."""
@@ -37,11 +81,15 @@ class Wire:
             end = self.end()
             self.fabric.inject(end.name, Faults(lose_write=True))
             return end
-        kind = NixlTransport if self.kind == "nixl" else UcxxTransport
-        return self._keep(kind("stalled", progress_thread=False))
+        return self._keep(_MAKERS[self.kind]("stalled", progress_thread=False))
 
     def memory(self, end: Transport, nbytes: int) -> np.ndarray:
         """Registered zeros that live as long as the test."""
+        if self.kind == "cuda_ipc":
+            on_gpu = GpuBytes(nbytes)
+            self.kept.append(on_gpu)
+            end.register([LocalMemory(on_gpu.ctypes.data, nbytes, "VRAM", 0)])
+            return on_gpu
         array = np.zeros(nbytes, np.uint8)
         self.kept.append(array)
         end.register([LocalMemory(array.ctypes.data, nbytes)])
@@ -62,11 +110,19 @@ class Wire:
         return got
 
 
+_MAKERS = {
+    "nixl": NixlTransport,
+    "ucxx": UcxxTransport,
+    "cuda_ipc": lambda *args, **options: OnGpus(NixlTransport(*args, **options)),
+}
+
+
 @pytest.fixture(
     params=[
         "inmemory",
         pytest.param("nixl", marks=pytest.mark.nixl),
         pytest.param("ucxx", marks=pytest.mark.integrations),
+        pytest.param("cuda_ipc", marks=[pytest.mark.nixl, pytest.mark.gpu]),
     ]
 )
 def wire(request: pytest.FixtureRequest) -> Iterator[Wire]:

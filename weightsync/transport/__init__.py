@@ -18,11 +18,13 @@ if TYPE_CHECKING:
         Transport,
         WriteOp,
     )
+    from weightsync.transport.cuda_ipc import CudaIpcTransport
     from weightsync.transport.inmemory import Fabric, Faults, InMemoryTransport
     from weightsync.transport.nixl import NixlTransport
     from weightsync.transport.ucxx import UcxxTransport
 
 __all__ = [
+    "CudaIpcTransport",
     "Fabric",
     "Faults",
     "InMemoryTransport",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 _MODULE_OF = dict.fromkeys(__all__, "base") | {
+    "CudaIpcTransport": "cuda_ipc",
     "Fabric": "inmemory",
     "Faults": "inmemory",
     "InMemoryTransport": "inmemory",

@@ -42,10 +42,14 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def nixl_transport(device: torch.device | None = None) -> Transport:
-    """A NIXL transport with a fresh name; it uses the network cards near ``device``."""
+    """A NIXL transport with a fresh name; it uses the network cards near ``device``.
+
+    Writers of the same host may map what it registers on a GPU.
+    """
+    from weightsync.transport.cuda_ipc import CudaIpcTransport
     from weightsync.transport.nixl import NixlTransport
 
-    return NixlTransport(gpu=cuda_address(device))
+    return CudaIpcTransport(NixlTransport(gpu=cuda_address(device)))
 
 
 def named_transport(

@@ -1,0 +1,415 @@
+"""Copies between the GPUs of one host, where a writer can map the memory that it writes to.
+
+A target hands out CUDA IPC handles beside its carrier's metadata.  A writer on the same host maps
+the allocations and lets the GPU's copy engines write: no descriptors, nothing of the source needs
+a mapping of its own.  The *last bytes* of every such write go with the carrier, posted once all
+copies have completed on the device, and they carry the notification.  So a peer sees it only after
+all bytes (WS-2), a peer that is gone is noticed, and memory that a target has deregistered is
+refused, all as the carrier does it.
+
+Whatever cannot be mapped goes with the carrier alone: another host, host memory, expandable
+segments, containers that may not open each other's handles.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import uuid
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from weightsync import codec
+from weightsync.errors import DeadlineError, InputError, TransferFailedError, TransportError
+from weightsync.process import host_id
+from weightsync.transport import refusals
+from weightsync.transport.base import (
+    DRAM,
+    LocalMemory,
+    PreparedWrite,
+    Registration,
+    Side,
+    Transport,
+    WriteOp,
+)
+
+logger = logging.getLogger(__name__)
+
+#: ``0`` in the environment of either end: its carrier writes everything
+SWITCH = "WEIGHTSYNC_CUDA_IPC"
+
+_MAGIC = b"weightsync-cuda-ipc-1:"
+#: of a write's last bytes, which the carrier writes
+_TAIL_NBYTES = 64
+#: a smaller write is not worth two
+_LEAST_NBYTES = 1 << 20
+#: one engine starts a copy while the other ends one
+_STREAMS = 2
+#: a number of a process may be another's, too, in another container
+_PROCESS = uuid.uuid4().hex
+_POLL_MIN_S = 20e-6
+_POLL_MAX_S = 500e-6
+#: that copies in flight get to end in before their memory is let go
+_CLOSE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Allocation:
+    """What one cudaMalloc returned, and its handle for other processes."""
+
+    base: int
+    nbytes: int
+    handle: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    carrier: bytes
+    host: str
+    process: str
+    allocations: tuple[_Allocation, ...]
+
+
+class _Registration(Registration):
+    def __init__(
+        self, owner: CudaIpcTransport, memory: list[LocalMemory], of: Registration
+    ) -> None:
+        self.memory = memory
+        self._owner = owner
+        self._of = of
+
+    def close(self) -> None:
+        self._owner.forget(self)
+        self._of.close()
+
+
+class _Write(PreparedWrite):
+    def __init__(
+        self,
+        owner: CudaIpcTransport,
+        device: int,
+        copies: list[tuple[int, int, int]],
+        tail: PreparedWrite,
+    ) -> None:
+        self.owner = owner
+        self.peer = tail.peer
+        self.nbytes = sum(copy[2] for copy in copies) + tail.nbytes
+        self.descriptors = len(copies)
+        self.device = device
+        self.copies = copies
+        self.tail = tail
+        self.events = [torch.cuda.Event() for _ in range(_STREAMS)]
+        #: of the post that runs; empty: none does
+        self.message = b""
+        self.copying = False
+        self.error: TransportError | None = None
+        self.closed = False
+
+    def close(self) -> None:
+        self.owner.release(self)
+
+
+class CudaIpcTransport(Transport):
+    """Writes device memory of this host by itself, all else with its carrier.
+
+    After a deadline a write may still be landing, as with the carrier; ``close`` of the write, or
+    of its peer, waits for its copies.
+
+    Args:
+        carrier: Owned; it has the name.
+        environ: For tests.
+    """
+
+    def __init__(self, carrier: Transport, *, environ: Mapping[str, str] = os.environ) -> None:
+        self.name = carrier.name
+        self._carrier = carrier
+        self._off = environ.get(SWITCH) == "0"
+        self._lock = threading.RLock()
+        self._exported: set[_Registration] = set()
+        self._offers: dict[str, _Offer] = {}
+        self._maps: dict[str, dict[tuple[int, int], int]] = {}
+        self._writes: set[_Write] = set()
+        self._streams: dict[int, list[torch.cuda.Stream]] = {}
+
+    def register(self, memory: Sequence[LocalMemory]) -> Registration:
+        """See :meth:`Transport.register`."""
+        of = self._carrier.register(memory)
+        registration = _Registration(self, [one for one in memory if one.kind == "VRAM"], of)
+        with self._lock:
+            self._exported.add(registration)
+        return registration
+
+    def forget(self, registration: _Registration) -> None:
+        """Hand its memory out no more."""
+        with self._lock:
+            self._exported.discard(registration)
+
+    def metadata(self) -> bytes:
+        """See :meth:`Transport.metadata`: the carrier's, and handles where there is GPU memory."""
+        carrier = self._carrier.metadata()
+        host = host_id()
+        with self._lock:
+            memory = [one for each in self._exported for one in each.memory]
+        if self._off or host is None or not (allocations := _export(memory)):
+            return carrier
+        return _MAGIC + codec.pack(_Offer(carrier, host, _PROCESS, allocations)).encode()
+
+    def add_peer(self, metadata: bytes) -> str:
+        """See :meth:`Transport.add_peer`."""
+        if not metadata.startswith(_MAGIC):
+            return self._carrier.add_peer(metadata)
+        try:
+            offer = codec.unpack(metadata[len(_MAGIC) :].decode("ascii", "replace"), _Offer)
+        except InputError as error:
+            raise TransportError(
+                f"{len(metadata)} bytes are no metadata of weightsync, or are damaged",
+                hint="hand over what the peer's metadata() returned, unchanged",
+            ) from error
+        peer = self._carrier.add_peer(offer.carrier)
+        with self._lock:
+            if offer.host == host_id() and not self._off:
+                self._offers[peer] = offer
+        return peer
+
+    def remove_peer(self, peer: str) -> None:
+        """See :meth:`Transport.remove_peer`; waits for copies to the peer."""
+        with self._lock:
+            for write in [write for write in self._writes if write.peer == peer]:
+                self.release(write)
+            self._offers.pop(peer, None)
+            for (device, _), addr in self._maps.pop(peer, {}).items():
+                with torch.cuda.device(device), suppress(TransportError):
+                    _driver("cuIpcCloseMemHandle", addr)
+        self._carrier.remove_peer(peer)
+
+    def prepare(
+        self, peer: str, ops: Sequence[WriteOp], *, local: Side = DRAM, remote: Side = DRAM
+    ) -> PreparedWrite:
+        """See :meth:`Transport.prepare`."""
+        whole = self._carrier.prepare(peer, ops, local=local, remote=remote)  # and checks all
+        with self._lock:
+            offer = self._offers.get(peer)
+            on_gpus = local.kind == remote.kind == "VRAM"
+            if offer is None or not on_gpus or whole.nbytes < _LEAST_NBYTES:
+                return whole
+            try:
+                copies = self._mapped(peer, offer, ops, local.device_id)
+            except TransportError as error:
+                logger.warning("%s; the carrier writes to %s instead", error, peer)
+                return whole
+            *_, (dst, src, nbytes) = copies
+            cut = min(nbytes, _TAIL_NBYTES)
+            copies[-1] = dst, src, nbytes - cut
+            last = ops[-1]
+            skip = last.nbytes - cut
+            tail = WriteOp(last.local_addr + skip, last.remote_addr + skip, cut)
+            whole.close()
+            write = _Write(
+                self,
+                local.device_id,
+                [copy for copy in copies if copy[2]],
+                self._carrier.prepare(peer, [tail], local=local, remote=remote),
+            )
+            self._writes.add(write)
+            return write
+
+    def _mapped(
+        self, peer: str, offer: _Offer, ops: Sequence[WriteOp], device: int
+    ) -> list[tuple[int, int, int]]:
+        """Each op as (destination in this process, source, bytes)."""
+        copies = []
+        bases = [each.base for each in offer.allocations]
+        known = self._maps.setdefault(peer, {})
+        with torch.cuda.device(device):
+            for op in ops:
+                k = bisect_right(bases, op.remote_addr) - 1
+                found = offer.allocations[k] if k >= 0 else None
+                if found is None or op.remote_addr + op.nbytes > found.base + found.nbytes:
+                    raise TransportError(f"{op.remote_addr:#x} is in no memory that can be mapped")
+                here = found.base
+                if offer.process != _PROCESS:
+                    if (device, found.base) not in known:
+                        known[device, found.base] = _open(found.handle)
+                    here = known[device, found.base]
+                copies.append((here + op.remote_addr - found.base, op.local_addr, op.nbytes))
+        return copies
+
+    def post(self, write: PreparedWrite, notification: bytes) -> None:
+        """See :meth:`Transport.post`.  Queues the copies; they wait for no work of torch's."""
+        if not isinstance(write, _Write):
+            self._carrier.post(write, notification)
+            return
+        with self._lock:
+            self._mine(write)
+            if write.closed or write.message or write.error is not None:
+                state = "closed" if write.closed else "posted" if write.message else "failed"
+                raise refusals.not_postable(write.peer, state)
+            if not notification:
+                raise refusals.empty_notification(write.peer)
+            write.message = notification
+            write.copying = True
+            with torch.cuda.device(write.device):
+                streams = self._streams.get(write.device)
+                if streams is None:
+                    streams = [torch.cuda.Stream() for _ in range(_STREAMS)]
+                    self._streams[write.device] = streams
+                handles = [stream.cuda_stream for stream in streams]
+                try:
+                    for k, (dst, src, nbytes) in enumerate(write.copies):
+                        _driver("cuMemcpyAsync", dst, src, nbytes, handles[k % _STREAMS])
+                except TransportError as error:
+                    write.error = error
+                    raise
+                finally:
+                    for event, stream in zip(write.events, streams, strict=True):
+                        event.record(stream)
+
+    def wait(self, writes: Sequence[PreparedWrite], *, timeout_s: float) -> None:
+        """See :meth:`Transport.wait`."""
+        deadline_s = time.monotonic() + timeout_s
+        mine = [write for write in writes if isinstance(write, _Write)]
+        theirs = [write for write in writes if not isinstance(write, _Write)]
+        pause_s = _POLL_MIN_S
+        while mine:
+            mine = [write for write in mine if not self._settled(write)]
+            theirs = self._pending(theirs)
+            if time.monotonic() >= deadline_s and (mine or theirs):
+                raise refusals.late((write.peer for write in [*mine, *theirs]), timeout_s)
+            if mine:
+                time.sleep(pause_s)
+                pause_s = min(pause_s * 2, _POLL_MAX_S)
+        if theirs:
+            self._carrier.wait(theirs, timeout_s=max(deadline_s - time.monotonic(), 0.0))
+
+    def _settled(self, write: _Write) -> bool:
+        with self._lock:
+            self._mine(write)
+            if write.error is not None:
+                raise write.error
+            if write.closed:
+                raise refusals.closed_write(write.peer)
+            if not write.message:
+                return True
+            try:
+                if write.copying:
+                    if not _all_passed(write):
+                        return False
+                    write.copying = False
+                    self._carrier.post(write.tail, write.message)
+                if self._pending([write.tail]):
+                    return False
+            except TransportError as error:
+                write.error = error
+                raise
+            write.message = b""
+            return write.completes(True)
+
+    def _pending(self, writes: Sequence[PreparedWrite]) -> list[PreparedWrite]:
+        """Those of the carrier's that have not completed."""
+        try:
+            self._carrier.wait(writes, timeout_s=0)
+        except DeadlineError as error:
+            peers = error.context["peers"]
+            return [write for write in writes if write.peer in peers]
+        return []
+
+    def notify(self, peer: str, message: bytes) -> None:
+        """See :meth:`Transport.notify`."""
+        self._carrier.notify(peer, message)
+
+    def notifications(self) -> Mapping[str, Sequence[bytes]]:
+        """See :meth:`Transport.notifications`."""
+        return self._carrier.notifications()
+
+    def release(self, write: _Write) -> None:
+        """Give a write up, once its copies have ended; never raises, does nothing twice."""
+        with self._lock:
+            if write.closed:
+                return
+            write.closed = True
+            self._writes.discard(write)
+            deadline_s = time.monotonic() + _CLOSE_S
+            with suppress(TransportError):
+                while write.copying and not _all_passed(write):
+                    if time.monotonic() > deadline_s:
+                        logger.error("copies to %s have not ended in %g s", write.peer, _CLOSE_S)
+                        break
+                    time.sleep(_POLL_MAX_S)
+            write.tail.close()
+
+    def close(self) -> None:
+        """See :meth:`Transport.close`."""
+        with self._lock:
+            for peer in list(self._offers):
+                self.remove_peer(peer)
+            self._exported.clear()
+        self._carrier.close()
+
+    def _mine(self, write: _Write) -> None:
+        if write.owner is not self:
+            raise refusals.foreign_write(write.peer)
+
+
+def _all_passed(write: _Write) -> bool:
+    """Whether all copies have completed, at the far end too: an event follows them."""
+    try:
+        return all(event.query() for event in write.events)
+    except RuntimeError as error:  # torch's, for whatever CUDA says
+        raise TransferFailedError(
+            f"copies to {write.peer!r} failed: {error}",
+            hint="CUDA refuses all later calls of this process after most errors: look at its log",
+            peer=write.peer,
+        ) from error
+
+
+def _export(memory: Sequence[LocalMemory]) -> tuple[_Allocation, ...]:
+    """The allocations that hold this memory, in order, as far as CUDA gives handles for them."""
+    found: dict[int, _Allocation] = {}
+    stop = 0
+    for one in sorted(memory, key=lambda m: m.addr):
+        if one.addr < stop:
+            continue
+        try:
+            with torch.cuda.device(one.device_id):
+                base, nbytes = (int(v) for v in _driver("cuMemGetAddressRange", one.addr))
+                (handle,) = _driver("cuIpcGetMemHandle", base)
+        except TransportError as error:
+            logger.info("memory at %#x cannot be mapped by others: %s", one.addr, error)
+            continue
+        stop = base + nbytes
+        found[base] = _Allocation(base, nbytes, bytes(handle.reserved))
+    return tuple(found.values())
+
+
+def _open(handle: bytes) -> int:
+    """Where another process's allocation is mapped, for the current device."""
+    from cuda.bindings import driver
+
+    opaque = driver.CUipcMemHandle()
+    opaque.reserved = handle
+    flag = driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+    (addr,) = _driver("cuIpcOpenMemHandle", opaque, flag.value)
+    return int(addr)
+
+
+def _driver(name: str, *args: object) -> tuple[Any, ...]:
+    """What a call of the CUDA driver returns.
+
+    Raises:
+        TransportError: Whatever it says, or there is no binding (it comes with torch for CUDA).
+    """
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise TransportError(f"no binding of the CUDA driver: {error}") from error
+    code, *values = getattr(driver, name)(*args)
+    if code != driver.CUresult.CUDA_SUCCESS:
+        raise TransportError(f"{name} failed: {code.name}")
+    return tuple(values)
