@@ -35,8 +35,8 @@ class GpuBytes:
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return self.tensor.cpu().numpy()
 
-    def __getattr__(self, name: str):
-        return getattr(np.asarray(self), name)
+    def any(self) -> bool:
+        return np.asarray(self).any()
 
     def __getitem__(self, key):
         return np.asarray(self)[key]

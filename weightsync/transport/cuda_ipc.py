@@ -1,11 +1,14 @@
 """Copies between the GPUs of one host, where a writer can map the memory that it writes to.
 
 A target hands out CUDA IPC handles beside its carrier's metadata.  A writer on the same host maps
-the allocations and lets the GPU's copy engines write: no descriptors, nothing of the source needs
-a mapping of its own.  The *last bytes* of every such write go with the carrier, posted once all
-copies have completed on the device, and they carry the notification.  So a peer sees it only after
-all bytes (WS-2), a peer that is gone is noticed, and memory that a target has deregistered is
-refused, all as the carrier does it.
+the allocations and gives the GPU's copy engines all copies in one call.  Between two H200 that
+took 11.5 ms for 1600 pieces of 4.3 GB, where one copy after another took 14.9 and UCX 15.3 ms; a
+kernel that stores to the other GPU came to three quarters of the link.
+
+The *last bytes* of every such write go with the carrier, posted once all copies have completed on
+the device, and they carry the notification.  So a peer sees it only after all bytes (WS-2), and a
+peer that is gone, stopped or has deregistered is noticed as the carrier notices it; its memory is
+not shut by deregistering, though: an abort waits for writers of the host to let go (WS-8).
 
 Whatever cannot be mapped goes with the carrier alone: another host, host memory, expandable
 segments, containers that may not open each other's handles.
@@ -50,12 +53,12 @@ _MAGIC = b"weightsync-cuda-ipc-1:"
 _TAIL_NBYTES = 64
 #: a smaller write is not worth two
 _LEAST_NBYTES = 1 << 20
-#: one engine starts a copy while the other ends one
-_STREAMS = 2
+#: of the driver, in thousands: batches of copies
+_LEAST_DRIVER = 12080
 #: a number of a process may be another's, too, in another container
 _PROCESS = uuid.uuid4().hex
 _POLL_MIN_S = 20e-6
-_POLL_MAX_S = 500e-6
+_POLL_MAX_S = 100e-6
 #: that copies in flight get to end in before their memory is let go
 _CLOSE_S = 10.0
 
@@ -77,6 +80,19 @@ class _Offer:
     allocations: tuple[_Allocation, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Copies: destinations as this process sees them, sources, bytes."""
+
+    to: list[Any]
+    of: list[Any]
+    sizes: list[int]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.sizes)
+
+
 class _Registration(Registration):
     def __init__(
         self, owner: CudaIpcTransport, memory: list[LocalMemory], of: Registration
@@ -94,18 +110,18 @@ class _Write(PreparedWrite):
     def __init__(
         self,
         owner: CudaIpcTransport,
-        device: int,
-        copies: list[tuple[int, int, int]],
+        stream: torch.cuda.Stream,
+        copies: _Batch,
         tail: PreparedWrite,
     ) -> None:
         self.owner = owner
         self.peer = tail.peer
-        self.nbytes = sum(copy[2] for copy in copies) + tail.nbytes
-        self.descriptors = len(copies)
-        self.device = device
+        self.nbytes = copies.nbytes + tail.nbytes
+        self.descriptors = len(copies.sizes)
+        self.stream = stream
         self.copies = copies
         self.tail = tail
-        self.events = [torch.cuda.Event() for _ in range(_STREAMS)]
+        self.copied = torch.cuda.Event()
         #: of the post that runs; empty: none does
         self.message = b""
         self.copying = False
@@ -136,7 +152,8 @@ class CudaIpcTransport(Transport):
         self._offers: dict[str, _Offer] = {}
         self._maps: dict[str, dict[tuple[int, int], int]] = {}
         self._writes: set[_Write] = set()
-        self._streams: dict[int, list[torch.cuda.Stream]] = {}
+        #: of each peer, so that copies to several go at the same time
+        self._streams: dict[tuple[str, int], torch.cuda.Stream] = {}
 
     def register(self, memory: Sequence[LocalMemory]) -> Registration:
         """See :meth:`Transport.register`."""
@@ -184,6 +201,7 @@ class CudaIpcTransport(Transport):
             for write in [write for write in self._writes if write.peer == peer]:
                 self.release(write)
             self._offers.pop(peer, None)
+            self._streams = {at: s for at, s in self._streams.items() if at[0] != peer}
             for (device, _), addr in self._maps.pop(peer, {}).items():
                 with torch.cuda.device(device), suppress(TransportError):
                     _driver("cuIpcCloseMemHandle", addr)
@@ -199,47 +217,49 @@ class CudaIpcTransport(Transport):
             on_gpus = local.kind == remote.kind == "VRAM"
             if offer is None or not on_gpus or whole.nbytes < _LEAST_NBYTES:
                 return whole
+            last = ops[-1]
+            cut = last.nbytes - min(last.nbytes, _TAIL_NBYTES)
+            tail = WriteOp(last.local_addr + cut, last.remote_addr + cut, last.nbytes - cut)
+            rest = [*ops[:-1], WriteOp(last.local_addr, last.remote_addr, cut)]
             try:
-                copies = self._mapped(peer, offer, ops, local.device_id)
+                with torch.cuda.device(local.device_id):
+                    copies = self._mapped(peer, offer, [op for op in rest if op.nbytes])
+                    stream = self._streams.setdefault((peer, local.device_id), torch.cuda.Stream())
             except TransportError as error:
                 logger.warning("%s; the carrier writes to %s instead", error, peer)
                 return whole
-            *_, (dst, src, nbytes) = copies
-            cut = min(nbytes, _TAIL_NBYTES)
-            copies[-1] = dst, src, nbytes - cut
-            last = ops[-1]
-            skip = last.nbytes - cut
-            tail = WriteOp(last.local_addr + skip, last.remote_addr + skip, cut)
             whole.close()
-            write = _Write(
-                self,
-                local.device_id,
-                [copy for copy in copies if copy[2]],
-                self._carrier.prepare(peer, [tail], local=local, remote=remote),
-            )
+            end = self._carrier.prepare(peer, [tail], local=local, remote=remote)
+            write = _Write(self, stream, copies, end)
             self._writes.add(write)
+            logger.info("CUDA IPC to %s: %d copies", peer, write.descriptors)
             return write
 
-    def _mapped(
-        self, peer: str, offer: _Offer, ops: Sequence[WriteOp], device: int
-    ) -> list[tuple[int, int, int]]:
-        """Each op as (destination in this process, source, bytes)."""
-        copies = []
+    def _mapped(self, peer: str, offer: _Offer, ops: Sequence[WriteOp]) -> _Batch:
+        """The copies that the current device makes."""
+        device = torch.cuda.current_device()
+        (version,) = _driver("cuDriverGetVersion")
+        if version < _LEAST_DRIVER:
+            raise TransportError(f"the CUDA driver is of version {version}, no {_LEAST_DRIVER}")
+        from cuda.bindings import driver
+
         bases = [each.base for each in offer.allocations]
         known = self._maps.setdefault(peer, {})
-        with torch.cuda.device(device):
-            for op in ops:
-                k = bisect_right(bases, op.remote_addr) - 1
-                found = offer.allocations[k] if k >= 0 else None
-                if found is None or op.remote_addr + op.nbytes > found.base + found.nbytes:
-                    raise TransportError(f"{op.remote_addr:#x} is in no memory that can be mapped")
-                here = found.base
-                if offer.process != _PROCESS:
-                    if (device, found.base) not in known:
-                        known[device, found.base] = _open(found.handle)
-                    here = known[device, found.base]
-                copies.append((here + op.remote_addr - found.base, op.local_addr, op.nbytes))
-        return copies
+        to = []
+        for op in ops:
+            k = bisect_right(bases, op.remote_addr) - 1
+            found = offer.allocations[k] if k >= 0 else None
+            if found is None or op.remote_addr + op.nbytes > found.base + found.nbytes:
+                raise TransportError(f"{op.remote_addr:#x} is in no memory that can be mapped")
+            here = found.base
+            if offer.process != _PROCESS:
+                if (device, found.base) not in known:
+                    known[device, found.base] = _open(found.handle)
+                here = known[device, found.base]
+            to.append(driver.CUdeviceptr(here + op.remote_addr - found.base))
+        return _Batch(
+            to, [driver.CUdeviceptr(op.local_addr) for op in ops], [op.nbytes for op in ops]
+        )
 
     def post(self, write: PreparedWrite, notification: bytes) -> None:
         """See :meth:`Transport.post`.  Queues the copies; they wait for no work of torch's."""
@@ -255,21 +275,13 @@ class CudaIpcTransport(Transport):
                 raise refusals.empty_notification(write.peer)
             write.message = notification
             write.copying = True
-            with torch.cuda.device(write.device):
-                streams = self._streams.get(write.device)
-                if streams is None:
-                    streams = [torch.cuda.Stream() for _ in range(_STREAMS)]
-                    self._streams[write.device] = streams
-                handles = [stream.cuda_stream for stream in streams]
-                try:
-                    for k, (dst, src, nbytes) in enumerate(write.copies):
-                        _driver("cuMemcpyAsync", dst, src, nbytes, handles[k % _STREAMS])
-                except TransportError as error:
-                    write.error = error
-                    raise
-                finally:
-                    for event, stream in zip(write.events, streams, strict=True):
-                        event.record(stream)
+            try:
+                _copy(write.copies, write.stream)
+            except TransportError as error:
+                write.error = error
+                raise
+            finally:
+                write.copied.record(write.stream)
 
     def wait(self, writes: Sequence[PreparedWrite], *, timeout_s: float) -> None:
         """See :meth:`Transport.wait`."""
@@ -299,7 +311,7 @@ class CudaIpcTransport(Transport):
                 return True
             try:
                 if write.copying:
-                    if not _all_passed(write):
+                    if not _has_copied(write):
                         return False
                     write.copying = False
                     self._carrier.post(write.tail, write.message)
@@ -337,7 +349,7 @@ class CudaIpcTransport(Transport):
             self._writes.discard(write)
             deadline_s = time.monotonic() + _CLOSE_S
             with suppress(TransportError):
-                while write.copying and not _all_passed(write):
+                while write.copying and not _has_copied(write):
                     if time.monotonic() > deadline_s:
                         logger.error("copies to %s have not ended in %g s", write.peer, _CLOSE_S)
                         break
@@ -357,16 +369,32 @@ class CudaIpcTransport(Transport):
             raise refusals.foreign_write(write.peer)
 
 
-def _all_passed(write: _Write) -> bool:
+def _has_copied(write: _Write) -> bool:
     """Whether all copies have completed, at the far end too: an event follows them."""
     try:
-        return all(event.query() for event in write.events)
+        return bool(write.copied.query())
     except RuntimeError as error:  # torch's, for whatever CUDA says
         raise TransferFailedError(
             f"copies to {write.peer!r} failed: {error}",
             hint="CUDA refuses all later calls of this process after most errors: look at its log",
             peer=write.peer,
         ) from error
+
+
+def _copy(copies: _Batch, stream: torch.cuda.Stream) -> None:
+    """Queue the copies; their order among each other is open."""
+    if not copies.sizes:
+        return
+    from cuda.bindings import driver
+
+    plain = driver.CUmemcpyAttributes()
+    plain.srcAccessOrder = driver.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+    with torch.cuda.device(stream.device):
+        _driver(
+            "cuMemcpyBatchAsync",
+            *(copies.to, copies.of, copies.sizes, len(copies.sizes)),
+            *([plain], [0], 1, stream.cuda_stream),
+        )
 
 
 def _export(memory: Sequence[LocalMemory]) -> tuple[_Allocation, ...]:
