@@ -38,12 +38,16 @@ def _here() -> tuple[str, int]:
     return boot_id, (_PROC / "self/ns/pid").stat().st_ino
 
 
-def host_id() -> str | None:
-    """The same in all containers of a host, until it starts anew; None where nobody tells."""
+def neighbourhood() -> str | None:
+    """The same in processes that can be told to have ended; None where nobody tells.
+
+    They are those of one host, until it starts anew, and of one namespace of pids.
+    """
     try:
-        return _here()[0]
+        boot_id, namespace = _here()
     except OSError:
         return None
+    return f"{boot_id}:{namespace}"
 
 
 def this_process() -> Writer | None:

@@ -121,6 +121,33 @@ def test_a_peer_that_is_gone_is_noticed_and_cuda_goes_on(writer, peer, src, sent
     assert bool((src == 5).all())
 
 
+def test_copies_of_a_writer_that_is_stopped_land_and_their_message_does_not_come():
+    """Why the fence waits for writers of the host: docs/failure-model.md says what this shows."""
+    dst = torch.zeros(NBYTES, dtype=torch.uint8, device="cuda:0")
+    torch.cuda.synchronize()
+    with CudaIpcTransport(NixlTransport("target")) as target:
+        target.register([LocalMemory(dst.data_ptr(), NBYTES, "VRAM", 0)])
+        process = subprocess.Popen(
+            [sys.executable, str(PEER.with_name("cuda_ipc_writer.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            print(
+                dst.data_ptr(), NBYTES, 9, target.metadata().hex(), file=process.stdin, flush=True
+            )
+            assert process.stdout.readline().strip() == cuda_ipc.__name__
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(1)
+            assert bool((dst[:-64] == 9).all())
+            assert not bool(dst[-64:].any())
+            assert not target.notifications()
+        finally:
+            process.kill()
+            process.communicate()
+
+
 @pytest.mark.parametrize("pieces", [1, 64, 256, 1024, 4096])
 def test_rates_of_both_wires(writer, peer, src, pieces):
     """Prints them; that both end is all that is asserted."""

@@ -11,7 +11,8 @@ peer that is gone, stopped or has deregistered is noticed as the carrier notices
 not shut by deregistering, though: an abort waits for writers of the host to let go (WS-8).
 
 Whatever cannot be mapped goes with the carrier alone: another host, host memory, expandable
-segments, containers that may not open each other's handles.
+segments.  So does what is written from another namespace of pids: nobody could tell when that
+writer has ended.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import torch
 
 from weightsync import codec
 from weightsync.errors import DeadlineError, InputError, TransferFailedError, TransportError
-from weightsync.process import host_id
+from weightsync.process import neighbourhood
 from weightsync.transport import refusals
 from weightsync.transport.base import (
     DRAM,
@@ -75,7 +76,7 @@ class _Allocation:
 @dataclass(frozen=True, slots=True)
 class _Offer:
     carrier: bytes
-    host: str
+    near: str
     process: str
     allocations: tuple[_Allocation, ...]
 
@@ -171,12 +172,12 @@ class CudaIpcTransport(Transport):
     def metadata(self) -> bytes:
         """See :meth:`Transport.metadata`: the carrier's, and handles where there is GPU memory."""
         carrier = self._carrier.metadata()
-        host = host_id()
+        near = neighbourhood()
         with self._lock:
             memory = [one for each in self._exported for one in each.memory]
-        if self._off or host is None or not (allocations := _export(memory)):
+        if self._off or near is None or not (allocations := _export(memory)):
             return carrier
-        return _MAGIC + codec.pack(_Offer(carrier, host, _PROCESS, allocations)).encode()
+        return _MAGIC + codec.pack(_Offer(carrier, near, _PROCESS, allocations)).encode()
 
     def add_peer(self, metadata: bytes) -> str:
         """See :meth:`Transport.add_peer`."""
@@ -191,7 +192,7 @@ class CudaIpcTransport(Transport):
             ) from error
         peer = self._carrier.add_peer(offer.carrier)
         with self._lock:
-            if offer.host == host_id() and not self._off:
+            if offer.near == neighbourhood() and not self._off:
                 self._offers[peer] = offer
         return peer
 
