@@ -24,7 +24,7 @@ class Attachment:
 
     Attributes:
         proofs: How bytes may reach the kernel tensors; None: nothing is proven.
-        reference: The load of the engine's own checkpoint, where it was traced.
+        reference: The load that they were made by, or those before them; None: there was none.
     """
 
     def __init__(self, adapter: EngineAdapter, prover: Prover) -> None:
@@ -73,15 +73,12 @@ class Attachment:
                 hint="the engine's weights are proven against it: mend it, or start the engine "
                 "from another",
             ) from error
-        self.reference = copies_by_tensor(
-            trace(self._adapter.new_twin(), self._adapter.load, manifest)
-        )
-        self.accept(self._prover.prove(self.reference, checkpoint.flat, full=full))
+        copies = copies_by_tensor(trace(self._adapter.new_twin(), self._adapter.load, manifest))
+        self.accept(copies, self._prover.prove(copies, checkpoint.flat, full=full))
 
-    def accept(self, proofs: Proofs) -> None:
-        """Keep proofs, and by what they hold: direct tensors stay where they are."""
-        self.proofs = proofs
-        self._identities = {}
+    def accept(self, reference: Copies, proofs: Proofs) -> None:
+        """Keep proofs, made by the load ``reference``, while direct tensors stay where they are."""
+        self.reference, self.proofs, self._identities = reference, proofs, {}
         for unit in proofs.units:
             module = f"{unit.path}." if unit.path else ""
             for leaf, name in unit.params.items():

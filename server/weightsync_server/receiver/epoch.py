@@ -33,7 +33,7 @@ class Epoch:
         number: The agent's number of it.
         manifest: What the trainer sends.
         target: Where it lands.
-        proofs: How it gets from there into the kernel tensors; None: nothing was proven.
+        proofs: How it gets from there into the kernel tensors.
         transport: Its memory is registered; closed with the epoch.
         shadowed: Whether a commit exchanges what serves with a shadow of it.
     """
@@ -43,7 +43,7 @@ class Epoch:
         number: int,
         manifest: Manifest,
         target: Target,
-        proofs: Proofs | None,
+        proofs: Proofs,
         transport: Transport,
         *,
         shadowed: bool = False,

@@ -190,7 +190,7 @@ class History:
         self._shadow.exchange.undo()
         self._kept.put_back()
         for unit in self._renewed:
-            renew(self._adapter, self._prover, unit)
+            renew(self._prover, unit)
 
 
 def _staged(proofs: Proofs) -> list[Unit]:

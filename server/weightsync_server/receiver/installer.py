@@ -6,7 +6,6 @@ import torch
 
 from weightsync.errors import LayoutError
 from weightsync.manifest import Manifest
-from weightsync_server.engines.base import EngineAdapter
 from weightsync_server.receiver.install import Given, materialise, transplant
 from weightsync_server.receiver.kernel import same_bytes, tensor_at
 from weightsync_server.receiver.proof import Prover
@@ -22,19 +21,21 @@ def unproven(prover: Prover, copies: Copies) -> Proofs:
     return proofs
 
 
-def install(adapter: EngineAdapter, prover: Prover, target: Target, proofs: Proofs) -> None:
+def install(prover: Prover, target: Target, proofs: Proofs) -> None:
     """Post-process what was written, and put the result into the live modules."""
+    adapter = prover.adapter
     for unit in proofs.units:
         if unit.kind == "renewed":
-            renew(adapter, prover, unit)
+            renew(prover, unit)
         elif unit.kind == "staged":
             staged = {n: target.memory[n].to(adapter.device) for n in unit.params.values()}
             made, live = prover.finished(unit, staged, "copy")
             transplant(live, made, replaceable=adapter.replaceable)
 
 
-def renew(adapter: EngineAdapter, prover: Prover, unit: Unit) -> None:
+def renew(prover: Prover, unit: Unit) -> None:
     """Make again what stands beside a unit's live tensors."""
+    adapter = prover.adapter
     live_tensors: dict[str, torch.Tensor] = {}
     for name in unit.params.values():
         live = tensor_at(adapter.live, name)
@@ -51,10 +52,8 @@ def renew(adapter: EngineAdapter, prover: Prover, unit: Unit) -> None:
     transplant(module, made, replaceable=adapter.replaceable)
 
 
-def install_through_loader(
-    adapter: EngineAdapter, prover: Prover, target: Target, manifest: Manifest
-) -> dict[str, torch.Tensor]:
-    """Nothing was proven: load what was written with the engine's own loader, and install it.
+def load_apart(prover: Prover, target: Target, manifest: Manifest) -> dict[str, torch.Tensor]:
+    """Nothing was proven: load what was written with the engine's own loader, beside the engine.
 
     Returns:
         The checkpoint tensors, flat, to prove the live tensors by.
@@ -62,6 +61,7 @@ def install_through_loader(
     Raises:
         LayoutError: The loader does not do what its trace says; the engine keeps its weights.
     """
+    adapter = prover.adapter
     rebuilt = target.rebuild(manifest)
     twin = adapter.new_twin()
     materialise(twin, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=adapter.device))

@@ -10,17 +10,17 @@ from torch import nn
 from weightsync.errors import LayoutError
 from weightsync_server.receiver.kernel import flat_bytes, own_tensors
 from weightsync_server.receiver.proof import Prover
-from weightsync_server.receiver.units import Unit
+from weightsync_server.receiver.units import Proofs
 
 _COLUMNS = 1024
 
 
-def checksums(prover: Prover, units: list[Unit]) -> dict[str, str]:
+def checksums(prover: Prover, proofs: Proofs | None) -> dict[str, str]:
     """Digests of every final kernel tensor; of opaque weights, of what they compute.
 
     Args:
         prover: Of the live model.
-        units: Its modules, as the prover found them.
+        proofs: What is known of its modules; None: every one that could own a weight is looked at.
 
     Raises:
         LayoutError: A weight was emptied by post-processing and cannot be read back, so it
@@ -29,7 +29,7 @@ def checksums(prover: Prover, units: list[Unit]) -> dict[str, str]:
     live = prover.adapter.live
     prover.adapter.synchronize()
     found = {name: _sha256([t]) for name, t in [*live.named_parameters(), *_persistent(live)]}
-    for unit in units:
+    for unit in (proofs or prover.guess()).units:
         module = live.get_submodule(unit.path)
         where = f"{unit.path}." if unit.path else ""
         for key in sorted(unit.derived):

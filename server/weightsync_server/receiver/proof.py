@@ -88,10 +88,6 @@ class Prover:
             )
         return found
 
-    def tensors(self) -> set[str]:
-        """Names of all tensors that a load could fill."""
-        return {name for owned in self._owned.values() for name in owned.values()}
-
     def empty(self, tensor: str, device: torch.device | None = None) -> torch.Tensor:
         """A zeroed buffer in load format, by default on the engine's device."""
         like, device = self.load_format(tensor), self.adapter.device if device is None else device
@@ -141,12 +137,17 @@ class Prover:
         for unit in proofs.units:
             if unit.kind != "direct" and not proofs.refusals.keys() & set(unit.params.values()):
                 self._prove_finish(unit, copies, source, proofs, full=full)
+        proofs.proven = True
         return proofs
 
-    def guess(self, copies: Mapping[str, Sequence[TracedCopy]]) -> Proofs:
-        """Units by form alone: what finishing a probe does to each of them.  Proves nothing."""
+    def guess(self, loaded: Collection[str] | None = None) -> Proofs:
+        """Units by form alone: what finishing a probe does to each of them.  Proves nothing.
+
+        Args:
+            loaded: Kernel tensors that a load fills; None: all that one could.
+        """
         proofs = Proofs()
-        for unit in self.units(copies):
+        for unit in self.units(loaded):
             proofs.units.append(unit)
             names = unit.params.values()
             try:

@@ -49,14 +49,13 @@ from weightsync_server.receiver.attachment import Attachment
 from weightsync_server.receiver.epoch import ALL, APART, Epoch
 from weightsync_server.receiver.fence import refuse_fenced
 from weightsync_server.receiver.history import History
-from weightsync_server.receiver.installer import install, install_through_loader, unproven
+from weightsync_server.receiver.installer import install, load_apart, unproven
 from weightsync_server.receiver.laps import Laps
 from weightsync_server.receiver.oracle import checksums
 from weightsync_server.receiver.proof import Prover
 from weightsync_server.receiver.reload import reload
 from weightsync_server.receiver.target import Target, copies_by_tensor
 from weightsync_server.receiver.tracer import trace
-from weightsync_server.receiver.units import Proofs
 from weightsync_server.receiver.verify import differences
 
 logger = logging.getLogger(__name__)
@@ -149,16 +148,15 @@ class Receiver:
         self._attachment.prove_by_checkpoint(full=False, pushed=self._pushed)
         manifest = Manifest(body.manifest)
         traced = trace(self.adapter.new_twin(), self.adapter.load, manifest)
-        proofs = self._attachment.proofs
-        how = unproven(self._prover, copies_by_tensor(traced)) if proofs is None else proofs
+        proofs = self._attachment.proofs or unproven(self._prover, copies_by_tensor(traced))
         target = Target(
             self.adapter.place,
             self._prover,
             traced,
-            how,
+            proofs,
             manifest,
             self._attachment.reference,
-            shadow_of=self._history.shadow_of(body, how),
+            shadow_of=self._history.shadow_of(body, proofs),
             device=self._history.device(body),
         )
         transport = self._new_transport()
@@ -251,7 +249,7 @@ class Receiver:
         laps.end("writers")
         epoch.check_digests(body.ranks, APART)
         laps.end("digest")
-        if epoch.shadowed and epoch.proofs is not None:
+        if epoch.shadowed and epoch.proofs.proven:
             self._history.copy(epoch.proofs)
         epoch.prepared = True
         laps.end("keep")
@@ -283,47 +281,40 @@ class Receiver:
         laps.end("digest")
         # the digests are of the registered memory: is it still what the engine serves with?
         self._check_place()
-        if epoch.proofs is None:
-            self._first_install(epoch)
-        else:
-            self._install(epoch, epoch.proofs)
+        self._install(epoch)
         laps.end("install")
         self.adapter.refresh()
         self.adapter.synchronize()
         self._history.settle()
         self.version, self.dirty, epoch.pushing = body.version, False, None
         laps.end("refresh")
-        first = epoch.proofs is None
-        if first:
+        if not epoch.proofs.proven:
             self.close()  # the layout is another one now: the next push makes a new rendezvous
         self._committed = (
             body.push_id,
             CommitReply(
                 body.version,
                 laps.seconds,
-                epoch_over=first,
+                epoch_over=not epoch.proofs.proven,
                 rollback_to=self._history.rollback_to,
             ),
         )
         return self._committed[1]
 
-    def _install(self, epoch: Epoch, proofs: Proofs) -> None:
+    def _install(self, epoch: Epoch) -> None:
         self.adapter.synchronize()
+        target, proofs = epoch.target, epoch.proofs
+        rebuilt = None if proofs.proven else load_apart(self._prover, target, epoch.manifest)
         # torn if it ends in the middle: the shadow's bytes are whole and checked, the engine is
         # paused, but half of them are live (WS-4)
         whole = not (self.dirty or epoch.exposed)
         self.dirty = True
-        self._history.exchange(self.version, proofs, whole=whole)
-        install(self.adapter, self._prover, epoch.target, proofs)
-
-    def _first_install(self, epoch: Epoch) -> None:
-        """Nothing was proven: install through the engine's own loader, and prove by the result."""
-        target = epoch.target
-        rebuilt = install_through_loader(self.adapter, self._prover, target, epoch.manifest)
-        self.dirty = True
-        install(self.adapter, self._prover, target, unproven(self._prover, target.copies))
-        self._attachment.reference = target.copies
-        self._attachment.accept(self._prover.prove(target.copies, rebuilt.__getitem__, full=False))
+        if rebuilt is None:
+            self._history.exchange(self.version, proofs, whole=whole)
+        install(self._prover, target, proofs)
+        if rebuilt is not None:  # what is live now is what the next pushes are proven by
+            found = self._prover.prove(target.copies, rebuilt.__getitem__, full=False)
+            self._attachment.accept(target.copies, found)
 
     def abort(self, body: AbortBody) -> AbortReply:
         """Give a push up.  ``dirty`` stays until a whole push: writes may have landed."""
@@ -375,7 +366,7 @@ class Receiver:
             self._history.drop()
             self.dirty = True
 
-        reload(self.adapter, self._prover, self._attachment, started)
+        reload(self._prover, self._attachment, started)
         self.version, self.dirty, self._committed = 0, False, None
         laps.end("install")
         return ReloadReply(laps.seconds)
@@ -394,11 +385,7 @@ class Receiver:
         Raises:
             LayoutError: A weight is in no tensor and cannot be read back.
         """
-        # without proofs the prover looks at every module that could own a weight
-        proofs = self._attachment.proofs or self._prover.guess(
-            dict.fromkeys(self._prover.tensors(), ())
-        )
-        return ChecksumsReply(checksums(self._prover, proofs.units))
+        return ChecksumsReply(checksums(self._prover, self._attachment.proofs))
 
     def verify(self, body: VerifyBody) -> VerifyReply:
         """Compare what the engine serves with what this epoch's ranks would write.
@@ -415,6 +402,5 @@ class Receiver:
             )
         self._check_place()
         self.adapter.synchronize()
-        proofs = epoch.proofs or unproven(self._prover, epoch.target.copies)
-        found = differences(epoch, proofs, self._prover, body.ranks)
+        found = differences(epoch, self._prover, body.ranks)
         return VerifyReply(len(epoch.target.memory), sorted(found.items()))

@@ -8,7 +8,6 @@ import torch
 
 from weightsync.checkpoint import Checkpoint
 from weightsync.errors import EngineError, InputError, NoCheckpointError, RefusedError, VerifyError
-from weightsync_server.engines.base import EngineAdapter
 from weightsync_server.receiver.attachment import Attachment
 from weightsync_server.receiver.install import materialise, transplant
 from weightsync_server.receiver.installer import unproven
@@ -19,16 +18,13 @@ from weightsync_server.receiver.tracer import trace
 from weightsync_server.receiver.units import Proofs
 
 
-def reload(
-    adapter: EngineAdapter, prover: Prover, attachment: Attachment, started: Callable[[], None]
-) -> None:
+def reload(prover: Prover, attachment: Attachment, started: Callable[[], None]) -> None:
     """Load the engine's checkpoint again, put it into the live modules, and compare all bytes.
 
     The engine is paused (WS-1).  The loader fills host memory, as large as this worker's part of
     the model; from there one module after the other goes through post-processing.
 
     Args:
-        adapter: The engine's ways.
         prover: Of its live model.
         attachment: Gets the proofs of what then is live.
         started: Called right before the first live byte changes.
@@ -39,6 +35,7 @@ def reload(
         RefusedError: A module could not be put back; nothing was changed, as in the two above.
         VerifyError: What is live now is not what the checkpoint holds.
     """
+    adapter = prover.adapter
     folder = adapter.checkpoint()
     if folder is None:
         raise NoCheckpointError(
@@ -71,11 +68,10 @@ def reload(
         transplant(live, made, replaceable=adapter.replaceable)
     adapter.refresh()
     adapter.synchronize()
-    attachment.reference = copies
     found = prover.prove(copies, checkpoint.flat, full=True)
     if found.refusals:
         raise _refused(VerifyError, "are not what the checkpoint holds after a reload", found)
-    attachment.accept(found)
+    attachment.accept(copies, found)
 
 
 def _refused(

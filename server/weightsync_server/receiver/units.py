@@ -34,11 +34,12 @@ class Unit:
 class Proofs:
     """What was found out about a live model.
 
-    ``units`` in module order; ``refusals`` by kernel tensor.
+    ``units`` in module order; ``refusals`` by kernel tensor; ``proven``: compared with a load.
     """
 
     units: list[Unit] = field(default_factory=list)
     refusals: dict[str, str] = field(default_factory=dict)
+    proven: bool = False
 
     def mode(self, tensor: str) -> Mode:
         """How bytes reach a kernel tensor."""

@@ -6,12 +6,9 @@ from weightsync.errors import LayoutError, VerifyError
 from weightsync.worker_messages import RankDigestsBody
 from weightsync_server.receiver.epoch import ALL, Epoch
 from weightsync_server.receiver.proof import Prover
-from weightsync_server.receiver.units import Proofs
 
 
-def differences(
-    epoch: Epoch, proofs: Proofs, prover: Prover, sent: list[RankDigestsBody]
-) -> dict[str, str]:
+def differences(epoch: Epoch, prover: Prover, sent: list[RankDigestsBody]) -> dict[str, str]:
     """What is other in each kernel tensor than a push of this epoch would leave there.
 
     What is written directly or through a shadow is compared by digests of what serves.  What is
@@ -35,7 +32,7 @@ def differences(
                     tensor=name,
                 )
             other[name] = "other bytes"
-    for unit in proofs.units:
+    for unit in epoch.proofs.units:
         names = unit.params.values()
         if unit.kind == "direct" or other.keys() & names:
             continue
