@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 
@@ -219,6 +220,26 @@ async def test_a_full_disk_refuses_a_push_before_the_engine_is_paused(
     await t.agent.post("/resume")
     full_disk["full"] = False
     await t.push(1)
+    assert (await t.agent.status())["journal"]["trouble"] == ""
+
+
+async def test_a_journal_that_fails_is_a_metric_and_is_tried_again_by_itself(
+    start, trainer, full_disk, monkeypatch
+):
+    monkeypatch.setattr("weightsync_server.agent.watch._JOURNAL_RETRY_S", 0.02)
+    t = await trainer(await start()).rendezvous()
+
+    async def writable() -> bool:
+        return "weightsync_journal_writable 1.0" in (await t.agent.http.get("/metrics")).text
+
+    assert await writable()
+    full_disk["full"] = True
+    await t.pause(expect=503)
+    assert not await writable()
+    full_disk["full"] = False
+    async with asyncio.timeout(5):
+        while not await writable():  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
     assert (await t.agent.status())["journal"]["trouble"] == ""
 
 

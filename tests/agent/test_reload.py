@@ -35,6 +35,16 @@ async def test_a_torn_engine_reloads_its_checkpoint_and_serves(agent, engine, tr
     assert await agent.ready_code() == 200
 
 
+async def test_a_reload_counts_as_one_and_not_as_a_push_that_failed(agent, trainer):
+    await (await trainer(agent).rendezvous()).push(5)
+    await agent.post("/reload")
+    last = (await agent.status())["last_push"]
+    assert (last["outcome"], last["version"], last["nbytes"]) == ("reloaded", 0, 0)
+    metrics = (await agent.http.get("/metrics")).text
+    assert 'weightsync_pushes_total{outcome="reloaded"} 1.0' in metrics
+    assert 'outcome="aborted"' not in metrics
+
+
 async def test_versions_go_on_after_a_reload(agent, trainer):
     await (await trainer(agent).rendezvous()).push(5)
     assert (await agent.post("/reload"))["version"] == 0

@@ -147,7 +147,8 @@ async def test_a_rollback_serves_the_version_before_and_versions_go_on_growing(
     assert engine.client.ops == ["pause", "reset_prefix_cache", "rollback", "resume"]
     status = await agent.status()
     assert (status["version"], status["rollback_to"], status["rolled_back_from"]) == (4, None, 5)
-    assert status["last_push"]["outcome"] == "rolled_back"
+    last = status["last_push"]
+    assert (last["outcome"], last["version"], last["nbytes"]) == ("rolled_back", 5, 0)
     # once is all there is
     refused = await agent.refused("/rollback", 409, "no_previous_version")
     assert "no version before 4" in refused["detail"]

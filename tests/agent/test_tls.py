@@ -7,12 +7,15 @@ import logging
 import os
 import shutil
 import ssl
+import time
+from pathlib import Path
 
 import httpx
 import pytest
 from pydantic import SecretStr
 
 from tests.support.certificates import Authority
+from weightsync.certificates import ends_at
 from weightsync.errors import AgentUnreachableError, InputError
 from weightsync_client.control import Fleet, Look
 from weightsync_client.doctor.remote import _certificate
@@ -238,6 +241,13 @@ async def test_a_renewed_certificate_is_used_without_a_restart(
         with caplog.at_level(logging.ERROR):
             server._certificates.renew(server.config.ssl)
         assert "cannot be used" in caplog.text
+        ends = ends_at(Path(kept[0][1]))
+        metric = server._agent.metrics.registry.get_sample_value(
+            "weightsync_certificate_ends_timestamp_seconds", {"file": "certificate"}
+        )
+        assert metric is not None
+        assert 0 <= metric - ends < 60, "the renewed one's, issued seconds after the first"
+        assert abs(metric - time.time() - 3600) < 60
         assert await asyncio.to_thread(serial) == second
     finally:
         for file, copy in kept:
@@ -249,7 +259,17 @@ def test_an_agent_does_not_start_with_certificates_that_do_not_fit(authority, fi
     for cert, key in ((files[0], other[1]), (authority.folder / "none.pem", None)):
         settings = AgentSettings(engine_url=ENGINE, tls_cert=cert, tls_key=key)
         with pytest.raises(InputError, match="cannot use the TLS files"):
-            Certificates(settings)
+            Certificates(settings, print)
+
+
+def test_an_agent_warns_of_a_certificate_that_ends_soon(authority, files, caplog):
+    told = {}
+    settings = AgentSettings(
+        engine_url=ENGINE, tls_cert=files[0], tls_key=files[1], tls_client_ca=authority.pem
+    )
+    Certificates(settings, told.__setitem__)
+    assert told == {"certificate": ends_at(files[0]), "client_ca": ends_at(authority.pem)}
+    assert f"{files[0]} ends in 0.0 days" in caplog.text
 
 
 # ---------------------------------------------------------------- settings

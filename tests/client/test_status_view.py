@@ -61,5 +61,32 @@ def test_trouble_is_told_with_what_to_do_and_markup_in_it_stays_text() -> None:
     assert trouble(agent("ready", last_errors=[error])) == ""
 
 
+def test_a_torn_engines_ways_out_are_commands_and_only_those_that_it_has() -> None:
+    error = {"code": "verify_failed", "detail": "1 of 25 writes", "hint": "push again"}
+    none = trouble(agent("torn", last_errors=[error]))
+    assert "weightsync push CHECKPOINT_DIR --agent http://node-torn:9100" in none
+    assert "rollback" not in none
+    assert "reload" not in none
+    kept = agent("torn", last_errors=[error], rollback_to=41, workers=[{"checkpoint": True}])
+    assert "or weightsync rollback http://node-torn:9100; or" in trouble(kept)
+    assert trouble(kept).endswith("weightsync reload http://node-torn:9100")
+
+
+def test_what_keeps_an_engine_that_stands_or_serves_from_being_pushed_to_is_told() -> None:
+    text = shown(agent("paused", version=7))
+    assert "takes no push" in text
+    assert "what to do: weightsync resume http://node-paused:9100" in text
+    assert trouble(agent("paused", pause_owner="p-1")) == ""
+    full = trouble(agent("ready", journal={"path": "j", "trouble": "j cannot be written: full"}))
+    assert full.startswith("it takes no push: j cannot be written: full\n  what to do: free")
+    waits = agent("ready", version=0, syncing=True)
+    assert "● ready, waits for a push" in shown(waits)
+    assert "has had no push since its start" in trouble(waits)
+    refused = {"refusals": [{"tensor": "a.weight", "reason": "other shape"}] * 3}
+    assert "3 kernel tensors cannot be pushed, as a.weight: other shape" in trouble(
+        agent("ready", workers=[refused])
+    )
+
+
 def test_it_fits_a_narrow_terminal() -> None:
     assert max(map(len, shown(agent("ready"), agent("torn"), width=50).splitlines())) <= 50

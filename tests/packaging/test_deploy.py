@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import json
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -98,6 +100,23 @@ def test_the_agents_unit_is_hardened(tmp_path):
     if "offline" in done.stderr:
         pytest.skip("this systemd looks at no file")
     assert done.returncode == 0, done.stdout[-300:] + done.stderr
+
+
+def test_compose_is_valid_to_the_compose_specification():
+    schema = json.loads((Path(__file__).parent / "compose_spec" / "schema.json").read_text())
+    validator = jsonschema.Draft7Validator(schema)
+    (made,) = documents(DEPLOY / "container" / "compose.yaml")
+    assert [f"{e.json_path}: {e.message}" for e in validator.iter_errors(made)] == []
+    made["services"]["agent"]["cap_dropped"] = ["ALL"]
+    assert not validator.is_valid(made), "the schema takes anything"
+
+
+def test_compose_is_taken_by_docker():
+    done = run(tool("docker"), "compose", "version")
+    if done.returncode:
+        pytest.skip("this docker has no compose")
+    done = run("docker", "compose", "-f", DEPLOY / "container" / "compose.yaml", "config", "-q")
+    assert done.returncode == 0, done.stderr
 
 
 # ---------------------------------------------------------------- names that the code has
@@ -259,14 +278,6 @@ def test_compose_names_the_secrets_and_images_that_it_makes():
         for value in service["environment"].values():
             if value.startswith("/run/secrets/"):
                 assert value.removeprefix("/run/secrets/") in service["secrets"]
-
-
-def test_compose_is_taken_by_docker():
-    done = run(tool("docker"), "compose", "version")
-    if done.returncode:
-        pytest.skip("this docker has no compose")
-    done = run("docker", "compose", "-f", DEPLOY / "container" / "compose.yaml", "config", "-q")
-    assert done.returncode == 0, done.stderr
 
 
 # ---------------------------------------------------------------- the agent's image

@@ -108,8 +108,13 @@ def status(
                         tell_error("status", answer.error)
                     elif text := trouble(answer):
                         typer.echo(f"{answer.url}: {text}")
-    serve = all(a.body is not None and a.body.get("state") == "ready" for a in answers)
-    raise typer.Exit(_worst(answers) or (0 if serve else EXIT_NO))
+    raise typer.Exit(_worst(answers) or (0 if all(map(_serves, answers)) else EXIT_NO))
+
+
+def _serves(answer: Answer) -> bool:
+    """What ``/readyz`` says."""
+    told = answer.body or {}
+    return told.get("state") in {"ready", "shadowing"} and not told.get("syncing")
 
 
 def _watch(look: Callable[[], list[Answer]], interval_s: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,15 +70,48 @@ def watched(answers: Sequence[Answer], now: float) -> RenderableType:
 
 
 def trouble(answer: Answer) -> str:
-    """Why an agent or its engine does not serve, as far as somebody said so; and what to do."""
+    """What keeps an engine from serving or from being pushed to, and what to do; else empty."""
     if answer.error is not None:
-        code, detail, hint = answer.error.code, answer.error.message, answer.error.hint
+        told = [(f"{answer.error.code}: {answer.error.message}", answer.error.hint)]
     else:
-        errors = (answer.body or {}).get("last_errors")
-        if answer.state not in _TROUBLED or not errors:
-            return ""
+        told = list(_troubles(answer))
+    return "\n".join(what + (f"\n  what to do: {do}" if do else "") for what, do in told)
+
+
+def _troubles(answer: Answer) -> Iterator[tuple[str, str]]:
+    """Each as what is wrong, and what to do."""
+    told, url = answer.body or {}, answer.url
+    errors = told.get("last_errors")
+    if answer.state in _TROUBLED and errors:
         code, detail, hint = (str(errors[-1].get(key, "")) for key in ("code", "detail", "hint"))
-    return f"{code}: {detail}" + (f"\n  what to do: {hint}" if hint else "")
+        yield f"{code}: {detail}", _ways_out(told, url) if answer.state == "torn" else hint
+    if answer.state == "paused" and not told.get("pause_owner"):
+        yield "paused by hand: it answers no request and takes no push", f"weightsync resume {url}"
+    if told.get("syncing"):
+        yield (
+            "it has had no push since its start, and is told to wait for one",
+            (f"weightsync push CHECKPOINT_DIR --agent {url}, or the trainer's next push"),
+        )
+    if trouble := (told.get("journal") or {}).get("trouble"):
+        yield (
+            f"it takes no push: {trouble}",
+            ("free the disk, or give the agent a --journal that it may write"),
+        )
+    refused = [refusal for w in told.get("workers", ()) for refusal in w.get("refusals", ())]
+    if refused:
+        first = f"{refused[0].get('tensor')}: {refused[0].get('reason')}"
+        what = f"{len(refused)} kernel tensors cannot be pushed, as {first}"
+        yield what, f"weightsync doctor --agent {url}"
+
+
+def _ways_out(told: dict[str, Any], url: str) -> str:
+    """Of a torn engine."""
+    ways = [f"weightsync push CHECKPOINT_DIR --agent {url}, or the trainer's next push"]
+    if told.get("rollback_to") is not None:
+        ways.append(f"weightsync rollback {url}")
+    if any(worker.get("checkpoint") for worker in told.get("workers", ())):
+        ways.append(f"weightsync reload {url}")
+    return "; or ".join(ways)
 
 
 def _summary(answers: Sequence[Answer], now: float) -> Text:
@@ -98,6 +131,8 @@ def _cells(told: dict[str, Any], now: float) -> list[Text]:
     state_text = state
     if state == "paused":
         state_text = "paused by a push" if told.get("pause_owner") else "paused by hand"
+    elif told.get("syncing"):
+        state_text, state = f"{state}, waits for a push", "paused"
     workers = told.get("workers", ())
     kinds = [(k, sum(int(w.get(k, 0)) for w in workers)) for k in ("direct", "staged")]
     kinds.append(("refused", sum(len(w.get("refusals", ())) for w in workers)))
@@ -120,7 +155,8 @@ def _last_push(push: dict[str, Any] | None, now: float) -> str:
     if phases and phases[-1].get("seconds") is None:
         runs_s = max(since_s - float(phases[-1].get("start_s", 0.0)), 0.0)
         return f"v{version} {phases[-1].get('phase')} for {human_seconds(runs_s)}"
-    parts = [f"v{version} {push.get('outcome')} {_ago(since_s)}"]
+    outcome = str(push.get("outcome")).replace("_", " ")
+    parts = [f"v{version} {outcome} {_ago(since_s)}"]
     if "paused" in seconds:
         parts.append(f"paused {human_seconds(seconds['paused'])}")
     if push.get("nbytes") and seconds.get("write"):

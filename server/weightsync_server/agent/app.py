@@ -119,6 +119,7 @@ class Agent:
                 settings.shadow_device, settings.max_shadow_nbytes, settings.require_shadow
             ),
         )
+        self.metrics.journal_writable.set_function(lambda: not self.service.journal.trouble)
         self.calls = Calls(
             self.service,
             engine_timeout_s=settings.engine_timeout_s,

@@ -35,7 +35,7 @@ class AgentServer(uvicorn.Server):
 
     def __init__(self, agent: Agent, side: socket.socket | None = None) -> None:
         settings = agent.settings
-        self._certificates = Certificates(settings)
+        self._certificates = Certificates(settings, agent.metrics.certificate_ends)
         super().__init__(
             uvicorn.Config(
                 agent.app,

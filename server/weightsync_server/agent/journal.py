@@ -144,7 +144,7 @@ class Journal:
         """
         self.record = record
         async with self._turn:
-            if self._written == self.record:
+            if self._written == self.record and not self.trouble:
                 return
             writing = self.record
             try:
@@ -161,6 +161,11 @@ class Journal:
         if self._soon is None or self._soon.done():
             self._soon = asyncio.create_task(self._catch_up())
 
+    def retry(self) -> None:
+        """Try again what failed: somebody may have mended the disk."""
+        if self.trouble and (self._soon is None or self._soon.done()):
+            self._soon = asyncio.create_task(self._catch_up())
+
     async def flush(self) -> None:
         """Return when nothing is left to be written, or it could not be."""
         if self._soon is not None:
@@ -168,7 +173,7 @@ class Journal:
 
     async def _catch_up(self) -> None:
         try:
-            while self._written != self.record:
+            while self.trouble or self._written != self.record:
                 await self.save(self.record)
         except JournalError:
             pass  # told; whoever depends on it saves by himself

@@ -99,6 +99,17 @@ class Metrics:
         self.lost = Counter(
             "weightsync_engine_lost", "Times that the engine went away", registry=registry
         )
+        self.journal_writable = Gauge(
+            "weightsync_journal_writable",
+            "1: the agent's journal can be written; 0: it cannot, and no push is taken",
+            registry=registry,
+        )
+        self._certificate_ends = Gauge(
+            "weightsync_certificate_ends_timestamp_seconds",
+            "When the first certificate of a TLS file of the agent ends, in seconds since 1970",
+            ["file"],
+            registry=registry,
+        )
         Gauge(
             "weightsync_build_info",
             "1, with the versions as labels",
@@ -135,6 +146,10 @@ class Metrics:
             self._from_rank.labels(str(rank) if rank < _MAX_RANKS else "other").inc(nbytes)
         for place, nbytes in zip(places, by_worker, strict=False):
             self._to_worker.labels(place).inc(nbytes)
+
+    def certificate_ends(self, file: str, at: float) -> None:
+        """A TLS file, ``certificate`` or ``client_ca``, was read; ``at``: seconds since 1970."""
+        self._certificate_ends.labels(file).set(at)
 
     def render(self) -> bytes:
         """The text that Prometheus reads."""

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from weightsync.logs import log_fields
 from weightsync.protocol import PauseMode
+from weightsync.state_events import Committed, Event, Reloaded, RolledBack
+from weightsync.state_records import AgentState
 from weightsync.worker_messages import ConnectBody
 from weightsync_server.agent.events import EventHub
 from weightsync_server.agent.metrics import Metrics
@@ -22,6 +24,8 @@ log = logging.getLogger(__name__)
 
 #: pushes that ``/status`` tells of
 _KEPT = 32
+#: outcomes of what is timed as a push, and put back what the engine had
+_BACK = ("rolled_back", "reloaded")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,22 @@ class Traffic:
     def nbytes(self) -> int:
         """All of them."""
         return sum(self.by_worker)
+
+
+def ended_as(before: AgentState, after: AgentState, event: Event) -> str:
+    """The outcome of the push that this event ended; empty: it ended none."""
+    match event:
+        case Committed():
+            return "committed"
+        case RolledBack():
+            return "rolled_back"
+        case Reloaded():
+            return "reloaded"
+    if after.phase == "torn" and before.phase == "receiving":
+        return "torn"
+    if after.phase == "detached" and before.owner is not None:
+        return "engine_lost"
+    return "aborted" if before.owner is not None and after.owner is None else ""
 
 
 class PushClock:
@@ -126,12 +146,16 @@ class PushClock:
             self._metrics.push_paused.observe(paused_s)
             self._tell(push)
 
-    def end(self, outcome: str, places: Sequence[str] = ()) -> None:
-        """The push is over; ``places``: of the workers that a committed one wrote to."""
+    def end(self, outcome: str, state: AgentState, places: Sequence[str]) -> None:
+        """The push is over and has left this state; ``places``: of the workers."""
         push = self.last
         if push is None or push.outcome != "running":
             return
         push.outcome = outcome
+        if push.version is None and outcome in _BACK:  # no trainer's push
+            given_up = outcome == "rolled_back"
+            push.version = state.rolled_back_from if given_up else state.version
+            push.nbytes = push.ranks = 0
         if outcome == "engine_lost":
             self._stop(push, ok=False)  # nobody will end the phase that runs
         self._metrics.pushes.labels(outcome).inc()
@@ -141,7 +165,7 @@ class PushClock:
                 self._metrics.write_rate.set(self.traffic.nbytes / write_s)
         log_fields(
             log,
-            logging.INFO if outcome == "committed" else logging.WARNING,
+            logging.INFO if outcome in ("committed", *_BACK) else logging.WARNING,
             "push",
             phase="done",
             outcome=outcome,

@@ -44,7 +44,7 @@ from weightsync_server.agent.failures import failed_outcome, writes
 from weightsync_server.agent.fence import Fence
 from weightsync_server.agent.journal import Journal, Record, Remembered
 from weightsync_server.agent.metrics import Metrics
-from weightsync_server.agent.pushes import PushClock
+from weightsync_server.agent.pushes import PushClock, ended_as
 from weightsync_server.agent.session_guard import SessionGuard
 from weightsync_server.agent.status import ErrorStatus
 from weightsync_server.agent.work import Work
@@ -253,19 +253,8 @@ class Service:
         if state.phase != before.phase:
             text = "%s(v%d) -> %s(v%d) by %s"
             log.info(text, before.phase, before.version, state.phase, state.version, cause)
-        outcome = ""
-        if isinstance(event, Committed):
-            outcome = "committed"
-        elif isinstance(event, RolledBack):
-            outcome = "rolled_back"
-        elif state.phase == "torn" and before.phase == "receiving":
-            outcome = "torn"
-        elif state.phase == "detached" and before.owner is not None:
-            outcome = "engine_lost"
-        elif before.owner is not None and state.owner is None:
-            outcome = "aborted"
-        if outcome:
-            self.clock.end(outcome, list(self.workers.instances))
+        if outcome := ended_as(before, state, event):
+            self.clock.end(outcome, state, list(self.workers.instances))
 
     def snapshot(self) -> dict[str, Any]:
         """The state as ``/events`` tells it."""

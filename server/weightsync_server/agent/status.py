@@ -61,7 +61,10 @@ class PhaseStatus(Model):
 
 
 class PushStatus(Model):
-    """One push.  ``outcome``: running, committed, aborted, torn or engine_lost."""
+    """One push, rollback or reload.
+
+    ``outcome``: running, committed, rolled_back, reloaded, aborted, torn or engine_lost.
+    """
 
     push_id: str
     version: int | None = None

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import ssl
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from weightsync.certificates import RENEW_DAYS, ends_at
 from weightsync.errors import InputError
 from weightsync_server.agent.settings import AgentSettings
 
@@ -18,18 +21,22 @@ class Certificates:
 
     Args:
         settings: Names the files.
+        tell: Hears when what a file holds ends: ``certificate`` or ``client_ca``, and the time
+            in seconds since 1970; again after each renewal.
 
     Raises:
         InputError: A file cannot be read, is not what it should be, or they do not fit together.
     """
 
-    def __init__(self, settings: AgentSettings) -> None:
+    def __init__(self, settings: AgentSettings, tell: Callable[[str, float], None]) -> None:
+        self._tell = tell
         self._cert, self._key = settings.tls_cert, settings.tls_key
         self._client_ca = settings.tls_client_ca
         self._seen = self._signature()
         if self._cert is not None:
             try:
                 self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+                self._tell_ends()
             except (OSError, ssl.SSLError, ValueError) as error:
                 names = ", ".join(map(str, self._files))
                 raise InputError(
@@ -60,8 +67,23 @@ class Certificates:
             self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
             self._load(context)
             log.info("the TLS files were read again")
+            self._tell_ends()
         except (OSError, ssl.SSLError, ValueError) as error:
             log.error("the TLS files have changed and cannot be used: %s", error)
+
+    def _tell_ends(self) -> None:
+        for name, file in (("certificate", self._cert), ("client_ca", self._client_ca)):
+            if file is None:
+                continue
+            try:
+                ends = ends_at(file)
+            except ValueError as error:  # OpenSSL takes it, and that is what counts
+                log.warning("cannot tell when %s ends: %s", file, error)
+                continue
+            self._tell(name, ends)
+            days = (ends - time.time()) / 86_400
+            if days < RENEW_DAYS:
+                log.warning("%s ends in %.1f days: write the renewed one there", file, days)
 
     @property
     def _files(self) -> list[Path]:

@@ -14,13 +14,15 @@ from weightsync_server.agent.work import Work
 
 log = logging.getLogger(__name__)
 
+#: seconds between two tries to write a journal that could not be written
+_JOURNAL_RETRY_S = 10.0
 #: looks at the engine that may fail in a row before it counts as gone; a refused connection
 #: counts at once
 _MAX_SILENT = 3
 
 
 class Watch:
-    """Two loops; ``run`` never returns by itself.
+    """Three loops; ``run`` never returns by itself.
 
     Args:
         service: What is looked after.
@@ -32,10 +34,11 @@ class Watch:
         self._settings = settings
 
     async def run(self) -> None:
-        """Both loops, until cancelled."""
+        """All loops, until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._engine())
             group.create_task(self._pushes())
+            group.create_task(self._journal())
 
     async def _engine(self) -> None:
         settings = self._settings
@@ -95,6 +98,11 @@ class Watch:
             else:
                 if gone:
                     return
+
+    async def _journal(self) -> None:
+        while True:
+            await asyncio.sleep(_JOURNAL_RETRY_S)
+            self._service.journal.retry()
 
     async def _pushes(self) -> None:
         idle_s = self._settings.push_idle_timeout_s

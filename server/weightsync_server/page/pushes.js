@@ -2,8 +2,8 @@
 
 import { bytes, clock, el, seconds, show } from "./dom.js";
 
-const PHASES = ["pause", "begin", "write", "prepare", "commit", "resume", "rollback", "abort", "close"];
-const OUTCOMES = ["running", "committed", "aborted", "torn", "engine_lost", "rolled_back"];
+const PHASES = ["pause", "begin", "write", "prepare", "commit", "resume", "rollback", "reload", "abort", "close"];
+const OUTCOMES = ["running", "committed", "aborted", "torn", "engine_lost", "rolled_back", "reloaded"];
 const SHOWN = 8;
 const STEPS = [1, 2, 5];
 

@@ -4,6 +4,8 @@ import { advice } from "./advice.js";
 import { ago, bytes, clock, el, seconds, show, table } from "./dom.js";
 
 const KNOWN = ["detached", "ready", "shadowing", "paused", "receiving", "torn"];
+// put back by a person: no push
+const BACK = ["rolled_back", "reloaded"];
 const SERVES_NONE = ["detached", "torn"];
 const ROWS_SHOWN = 500;
 
@@ -38,8 +40,9 @@ export function drawFacts(status, now) {
     if (last.nbytes && last.seconds.write) facts.push(["Write rate", `${bytes(last.nbytes / last.seconds.write)}/s`]);
   }
   const ended = status.recent_pushes.filter((push) => push.outcome !== "running");
-  const failed = ended.filter((push) => push.outcome !== "committed").length;
-  if (ended.length) facts.push(["Pushes failed", `${failed} of ${ended.length}`]);
+  const pushed = ended.filter((push) => !BACK.includes(push.outcome));
+  const failed = pushed.filter((push) => push.outcome !== "committed").length;
+  if (pushed.length) facts.push(["Pushes failed", `${failed} of ${pushed.length}`]);
   facts.push(["Workers", String(status.workers.length)]);
   show("facts", facts, (pairs) => pairs.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
   document.getElementById("about").textContent = `weightsync ${status.weightsync_version} · up ${ago(status.uptime_s)}`;
