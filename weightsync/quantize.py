@@ -48,6 +48,7 @@ E4M3_MAX = 448.0
 SCALE_FLOOR = 1e-12
 
 _FP8 = torch.float8_e4m3fn
+_F32 = torch.float32
 _SOURCES = (torch.bfloat16, torch.float32, torch.float16)
 #: bytes of float32 that plain torch operations make at a time
 _STRIP_NBYTES = 16 << 20
@@ -108,6 +109,34 @@ def quantize(weights: Weights, *, out: Quantized | None = None) -> Quantized:
         scale_inv.copy_(scales_from_amax(_amax(batch, (0, 0))))
         _encode(batch, (0, 0), scale_inv, weight)
     return out or Quantized(batch.squeeze(weight), batch.squeeze(scale_inv))
+
+
+def quantize_each(weights: Sequence[torch.Tensor], out: Sequence[Quantized]) -> None:
+    """:func:`quantize` of each ``[N, K]`` tensor into memory of its own.
+
+    On a GPU one launch does all that have dtype, shape and strides in common.
+
+    Raises:
+        InputError: As :func:`quantize`; nothing was written.
+    """
+    batches = [_batch(tensor) for tensor in weights]
+    each = [
+        (
+            batch,
+            batch.output("out.weight", made.weight, batch.shape[1:], _FP8),
+            batch.output("out.scale_inv", made.scale_inv, _grid(batch.shape[1:], (0, 0)), _F32),
+        )
+        for batch, made in zip(batches, out, strict=True)
+    ]
+    if not each:
+        return
+    kernels = _kernels(batches[0].device)
+    if kernels is None or any(b.grouped or b.device != batches[0].device for b in batches):
+        for tensor, made in zip(weights, out, strict=True):
+            quantize(tensor, out=made)
+        return
+    tensors, values, scales = zip(*((b.tensors[0], q[0], s[0]) for b, q, s in each), strict=True)
+    kernels.quantize_each(tensors, values, scales)
 
 
 def block_amax(local: Weights, box_offset: Sequence[int] = (0, 0)) -> torch.Tensor:

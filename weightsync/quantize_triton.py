@@ -14,6 +14,8 @@ steps in plain operations:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -63,7 +65,8 @@ def _e4m3_bits(x: tl.tensor, native: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def _block_kernel(
-    x_ptr: tl.tensor,  # the matrices; int64[E], their addresses, where `table` names their dtype
+    x_ptr: tl.tensor,  # the matrices; int64[E], their addresses, where `table` names their dtype,
+    # and int64[E, 3] where the values and scales of each have addresses, too
     q_ptr: tl.tensor,
     scale_ptr: tl.tensor,
     rows: tl.tensor,
@@ -82,6 +85,7 @@ def _block_kernel(
     scale_stride_n: tl.tensor,
     scale_stride_k: tl.tensor,
     table: tl.constexpr,
+    apart: tl.constexpr,
     x_align: tl.constexpr,
     q_align: tl.constexpr,
     find_amax: tl.constexpr,
@@ -100,12 +104,18 @@ def _block_kernel(
     mask = ((row >= 0) & (row < rows))[:, None] & ((col >= 0) & (col < cols))[None, :]
     row = row.to(tl.int64)[:, None]
     col = col.to(tl.int64)[None, :]
-    scale_ptr += e * scale_stride_e + block_row * scale_stride_n + block_col * scale_stride_k
-
-    if table is None:
-        matrix_ptr = x_ptr + e * x_stride_e
+    if apart:
+        matrix_ptr = tl.load(x_ptr + 3 * e).to(tl.pointer_type(table))
+        bits_ptr = tl.load(x_ptr + 3 * e + 1).to(tl.pointer_type(tl.uint8))
+        block_ptr = tl.load(x_ptr + 3 * e + 2).to(tl.pointer_type(tl.float32))
     else:
-        matrix_ptr = tl.load(x_ptr + e).to(tl.pointer_type(table))
+        if table is None:
+            matrix_ptr = x_ptr + e * x_stride_e
+        else:
+            matrix_ptr = tl.load(x_ptr + e).to(tl.pointer_type(table))
+        bits_ptr = q_ptr + e * q_stride_e
+        block_ptr = scale_ptr + e * scale_stride_e
+    block_ptr += block_row * scale_stride_n + block_col * scale_stride_k
     x_ptrs = tl.multiple_of(matrix_ptr + row * x_stride_n + col * x_stride_k, [1, x_align])
     x = _as_bf16(tl.load(x_ptrs, mask=mask, other=0.0), native)  # WS-12
 
@@ -116,15 +126,15 @@ def _block_kernel(
         if encode:
             scale = tl.div_rn(amax, tl.full([], 448.0, tl.float32))
             scale = tl.where(scale < 1e-12, 1e-12, scale)
-            tl.store(scale_ptr, scale)
+            tl.store(block_ptr, scale)
         else:
-            tl.store(scale_ptr, amax)
+            tl.store(block_ptr, amax)
     else:
-        scale = tl.load(scale_ptr)
+        scale = tl.load(block_ptr)
 
     if encode:
         bits = _e4m3_bits(_quotient(x, scale, native), native)
-        q_ptrs = q_ptr + e * q_stride_e + row * q_stride_n + col * q_stride_k
+        q_ptrs = bits_ptr + row * q_stride_n + col * q_stride_k
         tl.store(tl.multiple_of(q_ptrs, [1, q_align]), bits, mask=mask)
 
 
@@ -184,6 +194,7 @@ def _launch(
             *q.stride(),
             *scales.stride(),
             table=table,
+            apart=False,
             x_align=_alignment(addresses, stride_e, first, lead),
             q_align=1 if weight is None else _alignment([q.data_ptr()], q.stride(0), q[0], lead),
             find_amax=find_amax,
@@ -192,6 +203,41 @@ def _launch(
             block=_BLOCK,
             **_OPTIONS,
         )
+
+
+def quantize_each(
+    matrices: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+) -> None:
+    """Amax, scales and fp8 values of whole matrices of any forms, one launch a form."""
+    forms: dict[tuple[object, ...], list[int]] = {}
+    for k, (x, weight, scale) in enumerate(zip(matrices, weights, scales, strict=True)):
+        form = x.dtype, x.device, x.shape, x.stride(), weight.stride(), scale.stride()
+        forms.setdefault(form, []).append(k)
+    for alike in forms.values():
+        x, q, scale = matrices[alike[0]], weights[alike[0]].view(torch.uint8), scales[alike[0]]
+        if not scale.numel():
+            continue
+        rows = [
+            (matrices[k].data_ptr(), weights[k].data_ptr(), scales[k].data_ptr()) for k in alike
+        ]
+        table = _upload(rows, x.device)
+        with torch.cuda.device_of(x):
+            _block_kernel[(len(alike) * scale.numel(),)](
+                table, table, table,
+                *x.shape, 0, 0, *scale.shape,
+                0, *x.stride(), 0, *q.stride(), 0, *scale.stride(),
+                table=_DTYPES[x.dtype],
+                apart=True,
+                x_align=_alignment([row[0] for row in rows], 0, x, (0, 0)),
+                q_align=_alignment([row[1] for row in rows], 0, q, (0, 0)),
+                find_amax=True,
+                encode=True,
+                native=_casts_natively(x.device),
+                block=_BLOCK,
+                **_OPTIONS,
+            )  # fmt: skip
 
 
 def _alignment(
@@ -211,7 +257,9 @@ def _casts_natively(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def _upload(addresses: list[int], device: torch.device) -> torch.Tensor:
+def _upload(
+    addresses: list[int] | list[tuple[int, int, int]], device: torch.device
+) -> torch.Tensor:
     if device.type != "cuda":
         return torch.tensor(addresses, dtype=torch.int64)
     host = torch.tensor(addresses, dtype=torch.int64, pin_memory=True)

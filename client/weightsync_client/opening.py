@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from weightsync_client.attempt import Attempt
+from weightsync_client.borders import Findings, merge
 from weightsync_client.lending import Lending
 from weightsync_client.pushed import Pushed
-from weightsync_client.quantized import Findings, merge
 from weightsync_client.rendezvous import admit, open_session
 from weightsync_client.session import Session
 from weightsync_client.start import start

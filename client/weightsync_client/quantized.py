@@ -9,10 +9,8 @@ whole tensor would have given.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import islice
-from typing import NamedTuple
+from itertools import accumulate, islice, pairwise
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +21,15 @@ from weightsync.geometry import Box
 from weightsync.manifest import TensorSpec
 from weightsync.quantize import (
     BLOCK,
+    Quantized,
     block_amax,
     quantize,
+    quantize_each,
     quantize_with_scales,
     scales_from_amax,
     touched_blocks,
 )
+from weightsync_client.borders import Border, Findings, cut_blocks, grid_of
 from weightsync_client.quantization import QuantizationSpec
 from weightsync_client.source import WeightSource
 
@@ -39,25 +40,15 @@ BATCH_NBYTES = 64 << 20
 Key = tuple[str, int]
 
 
-@dataclass(frozen=True)
-class Border:
-    """What one rank has of a matrix, and the amax of the blocks that are not all in it.
+class Rectangle(NamedTuple):
+    """Blocks of a box, all of each that is in the box, from ``row`` and ``col`` on.
 
-    ``amax`` is float32, row by row, where :func:`cut_blocks` says.
+    ``slot`` is where their fp8 values go: ``[N, K]``, any strides.
     """
 
-    name: str
-    shape: tuple[int, int]
-    box: Box
-    amax: bytes
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What a rank tells before a push: its borders, and patterns that it has no matrix for."""
-
-    borders: list[Border]
-    unmatched: dict[str, list[str]]
+    slot: torch.Tensor
+    row: int
+    col: int
 
 
 class _Form(NamedTuple):
@@ -79,12 +70,15 @@ class QuantizedSource:
         source: Its values must not change until the push is over.
         spec: Selects.
 
+    Attributes:
+        given: The other source.
+
     Raises:
         ManifestError: The source has a tensor of the name that a scale would get.
     """
 
     def __init__(self, source: WeightSource, spec: QuantizationSpec) -> None:
-        self._source = source
+        self.given = source
         self._spec = spec
         self._given = tuple(source.manifest())
         chosen = spec.select(self._given)
@@ -166,7 +160,7 @@ class QuantizedSource:
         if name in self._chosen:
             return self._fp8((name, box_index))
         if name not in self._parts:
-            return self._source.local(name, box_index)
+            return self.given.local(name, box_index)
         key, part = self._parts[name][box_index]
         self._know_cut_scales()
         if key not in self._scales:
@@ -206,9 +200,9 @@ class QuantizedSource:
         for key, amax in self._amax.items():
             shape, box = self._chosen[key[0]].shape, self._boxes[key]
             cut = cut_blocks(shape, box)
-            whole = _grid(self._merged[key[0]], shape)
+            whole = grid_of(self._merged[key[0]], shape)
             amax[cut] = whole[touched_blocks(box.shape, box.lo)][cut]
-            by_device.setdefault(self._source.local(*key).device, []).append(key)
+            by_device.setdefault(self.given.local(*key).device, []).append(key)
         for device, keys in by_device.items():
             flat = np.concatenate([self._amax[key].ravel() for key in keys])
             scales = scales_from_amax(torch.from_numpy(flat).to(device))
@@ -218,6 +212,43 @@ class QuantizedSource:
         self._amax = {}
 
     # ------------------------------------------------------------ quantising
+
+    def makes(self, name: str) -> Literal["values", "scales"] | None:
+        """What a tensor is; None: the other source's own."""
+        if name in self._chosen:
+            return "values"
+        return "scales" if name in self._parts else None
+
+    @torch.no_grad()
+    def fill(self, wanted: Mapping[Key, Sequence[Rectangle]]) -> set[Key]:
+        """Quantise boxes straight into slots, on a GPU all of a form in one launch.
+
+        Args:
+            wanted: For each box rectangles that together are the box, once.
+
+        Returns:
+            Those that were; the others have blocks that a border cuts, or lie on another device.
+
+        Raises:
+            InputError: As :meth:`local`.
+        """
+        values = {key: self._values(key) for key in wanted if not self._places[key][0].cut}
+        values = {k: t for k, t in values.items() if t.device == wanted[k][0].slot.device}
+        if not values:
+            return set()
+        grids = [tuple(-(-n // BLOCK) for n in t.shape) for t in values.values()]
+        ends = [0, *accumulate(rows * cols for rows, cols in grids)]
+        flat = torch.empty(ends[-1], device=next(iter(values.values())).device)
+        weights, out = [], []
+        for (key, t), (at, end), grid in zip(values.items(), pairwise(ends), grids, strict=True):
+            scales = self._scales[key] = flat[at:end].view(grid)
+            for slot, row, col in wanted[key]:
+                n, k = slot.shape
+                rows, cols = touched_blocks((n, k), (row, col))
+                weights.append(t[row : row + n, col : col + k])
+                out.append(Quantized(slot, scales[rows, cols]))
+        quantize_each(weights, out)
+        return set(values)
 
     @torch.no_grad()
     def _fp8(self, key: Key) -> torch.Tensor:
@@ -263,7 +294,7 @@ class QuantizedSource:
             yield batch, values
 
     def _values(self, key: Key) -> torch.Tensor:
-        values, shape = self._source.local(*key).detach(), self._boxes[key].shape
+        values, shape = self.given.local(*key).detach(), self._boxes[key].shape
         if tuple(values.shape) != shape:
             raise InputError(
                 f"{key[0]!r} has shape {tuple(values.shape)}, declared was {shape}",
@@ -271,113 +302,6 @@ class QuantizedSource:
                 tensor=key[0],
             )
         return values
-
-
-def merge(findings: Sequence[Findings]) -> dict[str, bytes]:
-    """On rank 0: of every matrix with cut blocks, the amax of each, float32 in the grid of blocks.
-
-    Blocks that no border cuts are 0 there: who has such a block knows it.
-
-    Raises:
-        ManifestError: A pattern matches nothing on any rank, ranks disagree about a shape, or
-            parts of a cut block are missing.
-    """
-    lost = set.intersection(*(set(f.unmatched) for f in findings))
-    if lost:
-        pattern = min(lost)
-        near = sorted({name for f in findings for name in f.unmatched[pattern]})
-        raise ManifestError(
-            f"the quantization's pattern {pattern!r} matches no matrix of the trainer",
-            hint=f"near: {', '.join(near[:4])}" if near else "leave it out",
-            pattern=pattern,
-            near=near,
-        )
-    by_name: dict[str, list[Border]] = {}
-    for found in findings:
-        for border in found.borders:
-            by_name.setdefault(border.name, []).append(border)
-    merged: dict[str, bytes] = {}
-    for name, borders in by_name.items():
-        shape = borders[0].shape
-        if any(b.shape != shape for b in borders):
-            raise ManifestError(
-                f"{name!r} has different shapes on the ranks: {sorted({b.shape for b in borders})}",
-                hint="declare shards as DTensor or LocalShard",
-                tensor=name,
-            )
-        missing = _missing(shape, frozenset(b.box for b in borders))
-        if missing is not None:
-            raise ManifestError(
-                f"no rank told of all of {name!r}{list(missing.lo)}..{list(missing.hi)}, a part of "
-                "a block that a shard's border cuts",
-                hint="shard a tensor so that the shards of a block make it up, on whatever ranks",
-                tensor=name,
-            )
-        amax = np.zeros(_grid_shape(shape), dtype=np.float32)
-        for b in borders:
-            cut = cut_blocks(shape, b.box)
-            at = amax[touched_blocks(b.box.shape, b.box.lo)]
-            # a NaN stays one
-            at[cut] = np.maximum(at[cut], np.frombuffer(b.amax, dtype=np.float32))
-        merged[name] = amax.tobytes()
-    return merged
-
-
-@lru_cache(maxsize=4096)
-def cut_blocks(shape: tuple[int, ...], box: Box) -> npt.NDArray[np.bool_]:
-    """Which of the blocks that a box touches are not all in it; those at the tensor's end can be.
-
-    Returns:
-        Of the shape that :func:`weightsync.quantize.block_amax` gives for the box.
-    """
-    whole = []
-    for n, lo, hi, blocks in zip(
-        shape, box.lo, box.hi, touched_blocks(box.shape, box.lo), strict=True
-    ):
-        first = np.arange(blocks.start, blocks.stop) * BLOCK
-        whole.append((first >= lo) & (np.minimum(first + BLOCK, n) <= hi))
-    cut: npt.NDArray[np.bool_] = ~(whole[0][:, None] & whole[1][None, :])
-    return cut
-
-
-@lru_cache(maxsize=4096)
-def _missing(shape: tuple[int, int], boxes: frozenset[Box]) -> Box | None:
-    """A part of a block cut by one of the boxes that none of them has."""
-    ordered = sorted(boxes, key=lambda b: b.lo)
-    disjoint: list[Box] = []
-    for box in ordered:
-        rest = [box]
-        for other in disjoint:
-            rest = [part for piece in rest for part in piece.minus(other)]
-        disjoint += rest
-    counts = np.zeros(_grid_shape(shape), dtype=np.int64)
-    cut = np.zeros(_grid_shape(shape), dtype=bool)
-    for box in ordered:
-        cut[touched_blocks(box.shape, box.lo)] |= cut_blocks(shape, box)
-    for box in disjoint:
-        rows, cols = (
-            np.minimum((np.arange(blocks.start, blocks.stop) + 1) * BLOCK, hi)
-            - np.maximum(np.arange(blocks.start, blocks.stop) * BLOCK, lo)
-            for lo, hi, blocks in zip(
-                box.lo, box.hi, touched_blocks(box.shape, box.lo), strict=True
-            )
-        )
-        counts[touched_blocks(box.shape, box.lo)] += rows[:, None] * cols[None, :]
-    for at in np.argwhere(cut).tolist():
-        lo = tuple(k * BLOCK for k in at)
-        block = Box(lo, tuple(min(a + BLOCK, n) for a, n in zip(lo, shape, strict=True)))
-        if counts[tuple(at)] < block.numel:
-            return block
-    return None
-
-
-def _grid_shape(shape: Sequence[int]) -> tuple[int, int]:
-    rows, cols = (-(-n // BLOCK) for n in shape)
-    return rows, cols
-
-
-def _grid(raw: bytes, shape: Sequence[int]) -> npt.NDArray[np.float32]:
-    return np.frombuffer(raw, dtype=np.float32).reshape(_grid_shape(shape))
 
 
 def _lead(box: Box) -> tuple[int, int]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 
@@ -14,47 +12,9 @@ from weightsync.plan import TransportPlan
 from weightsync.slab import Slab
 from weightsync.slots import Fill
 from weightsync.transport.base import LocalMemory
-from weightsync_client.converted import ConvertedSource
+from weightsync_client.filling import Job, fill
 from weightsync_client.lending import Loan
-from weightsync_client.source import StateDictSource, WeightSource
-from weightsync_client.structure import PreparedSource
-
-#: slots up to this are filled together: a call would cost more than the copy
-_SMALL_NBYTES = 1 << 20
-
-
-@dataclass(slots=True)
-class _Job:
-    """All copies out of one box: where each goes, and what of the box goes there.
-
-    ``shape``, of the box, is known from the first fill on; ``whole`` are then the slots that take
-    all of it, seen in its shape, and ``copies`` the others.
-    """
-
-    name: str
-    box: int
-    made: torch.dtype
-    rounds: bool
-    copies: list[tuple[torch.Tensor, tuple[int, ...], tuple[int, ...], int]]
-    shape: tuple[int, ...] | None = None
-    whole: list[torch.Tensor] = field(default_factory=list)
-    small: bool = False
-
-    @property
-    def slots(self) -> tuple[torch.Tensor, ...]:
-        """All that is filled."""
-        return (*self.whole, *(copy[0] for copy in self.copies))
-
-    def settle(self, shape: tuple[int, ...]) -> None:
-        """Take in the box's shape, the same in all pushes of an epoch."""
-        every, self.copies, self.shape = self.copies, [], shape
-        for slot, size, strides, offset in every:
-            alike = strides == slot.stride() and not offset and slot.numel() == math.prod(shape)
-            if alike and slot.is_contiguous():
-                self.whole.append(slot.view(shape))
-            else:
-                self.copies.append((slot, size, strides, offset))
-        self.small = all(slot.nbytes <= _SMALL_NBYTES for slot in self.whole)
+from weightsync_client.source import WeightSource
 
 
 class Slots:
@@ -78,16 +38,16 @@ class Slots:
         self._rounds = [self._jobs(each.fills, manifest) for each in plan.rounds]
         self._aside: torch.cuda.Stream | None = None
 
-    def _jobs(self, fills: Iterable[Fill], manifest: Manifest) -> list[_Job]:
+    def _jobs(self, fills: Iterable[Fill], manifest: Manifest) -> list[Job]:
         by_box: dict[tuple[str, int], list[Fill]] = {}
-        for fill in fills:
-            by_box.setdefault((fill.tensor, fill.box), []).append(fill)
+        for each in fills:
+            by_box.setdefault((each.tensor, each.box), []).append(each)
         return [
             self._job(name, box, torch_dtype(manifest.by_name[name].dtype), of_box)
             for (name, box), of_box in by_box.items()
         ]
 
-    def _job(self, name: str, box: int, made: torch.dtype, fills: Sequence[Fill]) -> _Job:
+    def _job(self, name: str, box: int, made: torch.dtype, fills: Sequence[Fill]) -> Job:
         copies = []
         for f in fills:
             dtype = torch_dtype(f.dtype)
@@ -96,7 +56,7 @@ class Slots:
             start = typed.storage_offset() + _elems(f.slot_offset, dtype, name)
             slot = typed.as_strided(f.shape, f.slot_strides, start)
             copies.append((slot, f.shape, f.src_strides, f.src_offset))
-        return _Job(name, box, made, any(c[0].dtype != made for c in copies), copies)
+        return Job(name, box, made, copies)
 
     @torch.no_grad()
     def fill(self, source: WeightSource, number: int = 0) -> None:
@@ -109,36 +69,7 @@ class Slots:
         Raises:
             InputError: A tensor has not the shape that the source declared.
         """
-        # what a source makes when it is asked is not held any longer than it must be
-        held = isinstance(source, PreparedSource | StateDictSource | ConvertedSource)
-        together: dict[tuple[torch.dtype, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        for job in self._rounds[number]:
-            local = source.local(job.name, job.box)
-            if job.shape is None:
-                job.settle(source.holdings()[job.name][job.box].shape)
-            if local.shape != job.shape:
-                raise InputError(
-                    f"{job.name!r} has shape {tuple(local.shape)}, declared was {job.shape}",
-                    hint="weights must not change shape in a push",
-                    tensor=job.name,
-                )
-            later = held and job.small
-            if job.rounds and local.dtype != job.made:
-                local, later = local.to(job.made), False  # WS-12
-            for slot in job.whole:
-                if later:
-                    together.setdefault((local.dtype, slot.dtype), []).append((slot, local))
-                else:
-                    slot.copy_(local)
-            if not job.copies:
-                continue
-            # The plan's strides are those of a contiguous box.
-            local = local.detach().contiguous()
-            start = local.storage_offset()
-            for slot, size, strides, offset in job.copies:
-                slot.copy_(local.as_strided(size, strides, start + offset))
-        for pairs in together.values():
-            torch._foreach_copy_([slot for slot, _ in pairs], [local for _, local in pairs])
+        fill(self._rounds[number], source)
 
     def refill(self, source: WeightSource, number: int) -> None:
         """:meth:`fill` while other slots are on the wire; every copy has ended when this returns.

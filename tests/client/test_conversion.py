@@ -24,7 +24,8 @@ from weightsync_client import (
     Stack,
     StateDictSource,
 )
-from weightsync_client.quantized import QuantizedSource, merge
+from weightsync_client.borders import merge
+from weightsync_client.quantized import QuantizedSource
 from weightsync_client.source import as_source
 
 transformers = pytest.importorskip("transformers")

@@ -142,7 +142,7 @@ def test_slots_filled_together_or_one_by_one_hold_the_same_bytes(
 
     sent = []
     for small in (1 << 20, 0):
-        monkeypatch.setattr("weightsync_client.slots._SMALL_NBYTES", small)
+        monkeypatch.setattr("weightsync_client.filling._SMALL_NBYTES", small)
         agent = make_agent(regions=regions)
         publisher = make_publisher(agent, zero_copy_bytes=0)
         for _ in range(2):

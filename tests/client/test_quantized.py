@@ -14,7 +14,8 @@ from weightsync.geometry import Box
 from weightsync.manifest import Manifest
 from weightsync.quantize import Quantized, quantize
 from weightsync_client import LocalShard, QuantizationSpec, StateDictSource
-from weightsync_client.quantized import QuantizedSource, merge
+from weightsync_client.borders import merge
+from weightsync_client.quantized import QuantizedSource
 
 Parts = Mapping[str, torch.Tensor | LocalShard]
 

@@ -79,6 +79,24 @@ def bench_quantize(copy: float) -> None:
     _row("quantize 128 experts of 768x2048", rate, copy)
 
 
+def bench_matrices(copy: float) -> None:
+    """The matrices of an 8B model, each into memory of its own: one launch for all of a form."""
+    forms = [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(12288, 4096)] * 2 + [(4096, 12288)]
+    layers = [
+        torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
+        for _ in range(36)
+        for shape in forms
+    ]
+    out = [q.quantize(matrix) for matrix in layers]
+    nbytes = 3 * sum(matrix.numel() for matrix in layers)
+    rate = _rate(nbytes, lambda: q.quantize_each(layers, out))
+    _row(f"quantize {len(layers)} matrices of an 8B model, 4 launches", rate, copy)
+    before = time.perf_counter()
+    q.quantize_each(layers, out)
+    print(f"{'':4s}until it is queued {1e3 * (time.perf_counter() - before):.2f} ms", flush=True)
+    torch.cuda.synchronize()
+
+
 def bench_digest(copy: float) -> None:
     """Rates of the kernel, and of the whole call with its tables and its host sync."""
     memory = torch.randint(0, 256, (4 << 30,), dtype=torch.uint8, device="cuda")
@@ -101,6 +119,7 @@ def main() -> None:
     copy = bench_copy()
     _row("copy on the device", copy, copy)
     bench_quantize(copy)
+    bench_matrices(copy)
     bench_digest(copy)
 
 

@@ -104,6 +104,32 @@ def _groups(device: torch.device) -> str:
     return "".join(mismatch(q.quantize(group), want) for group in groups)
 
 
+def _each(device: torch.device) -> str:
+    """Matrices of several forms into memory of their own, with other bytes around."""
+    found = []
+    forms = [((200, 144), torch.bfloat16), ((130, 260), torch.float32), ((128, 128), torch.float16)]
+    weights = [weights_of("random", shape, dtype) for shape, dtype in forms for _ in range(3)]
+    weights[1] = weights[1].t().contiguous().t()
+    memory = [torch.full((w.shape[0] + 2, w.shape[1] + 16), 7, dtype=torch.uint8) for w in weights]
+    there = [m.to(device) for m in memory]
+    slots = [m.view(torch.float8_e4m3fn)[1:-1, 8:-8] for m in there]
+    wanted = [formula(w) for w in weights]
+    scales = [torch.zeros(want.scale_inv.shape, device=device) for want in wanted]
+    out = [q.Quantized(slot, scale) for slot, scale in zip(slots, scales, strict=True)]
+    # a transposed destination, and nothing at all
+    turned = torch.empty(144, 200, dtype=torch.float8_e4m3fn, device=device).t()
+    out[2] = q.Quantized(turned, scales[2])
+    nothing = torch.zeros(0, 128, device=device)
+    q.quantize_each([*(w.to(device) for w in weights), nothing], [*out, q.quantize(nothing)])
+    for k, (got, want) in enumerate(zip(out, wanted, strict=True)):
+        words = mismatch(got, want)
+        found += [f"matrix {k}: {words}"] if words else []
+        if k != 2:
+            there[k][1:-1, 8:-8] = 7
+            found += [] if torch.equal(there[k].cpu(), memory[k]) else [f"{k} is written beyond"]
+    return "\n".join(found)
+
+
 def _surrounded(box: torch.Tensor, fill: float, device: torch.device) -> torch.Tensor:
     """A copy of a box within other memory, to see who reads or writes beyond it."""
     rows, cols = box.shape
@@ -255,6 +281,7 @@ CHECKS: dict[str, Check] = {
     "ties of rounding to bfloat16": _rounding_to_bfloat16,
     "strides and addresses": _strides,
     "groups": _groups,
+    "matrices of several forms": _each,
     "shards at any border": partial(_shards, ([0, 1, 100, 200, 384, 400], [0, 77, 256, 300])),
     "shards at multiples of 16": partial(_shards, ([0, 16, 208, 256], [0, 32, 176, 512])),
     "finite values of every dtype": _finite,

@@ -1,0 +1,154 @@
+"""From a rank's weights into its slots: few calls, whatever the count of tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from weightsync.errors import InputError
+from weightsync.quantize import BLOCK, touched_blocks
+from weightsync_client.converted import ConvertedSource
+from weightsync_client.quantized import QuantizedSource, Rectangle
+from weightsync_client.source import StateDictSource, WeightSource
+from weightsync_client.structure import PreparedSource
+
+#: slots up to this are filled together: a call would cost more than the copy
+_SMALL_NBYTES = 1 << 20
+
+#: a slot, and what of a contiguous box goes there: shape, strides and offset in elements
+Copy = tuple[torch.Tensor, tuple[int, ...], tuple[int, ...], int]
+
+
+@dataclass(slots=True)
+class Job:
+    """All copies out of one box of a tensor.
+
+    Attributes:
+        name: The tensor's.
+        box: Which of its boxes.
+        made: What the values are rounded to, before any cast to a slot's dtype (WS-12).
+        copies: Where they go.
+        shape: The box's, known from the first fill on; then ``copies`` has no more what is in
+            ``whole``.
+        whole: Slots that take all of the box, seen in its shape.
+        blocks: Of fp8, where every block goes, once; empty: some block is cut, or goes elsewhere.
+        small: Every slot in ``whole`` is.
+        rounds: Some slot has another dtype than ``made``.
+    """
+
+    name: str
+    box: int
+    made: torch.dtype
+    copies: list[Copy]
+    shape: tuple[int, ...] | None = None
+    whole: list[torch.Tensor] = field(default_factory=list)
+    blocks: list[Rectangle] = field(default_factory=list)
+    small: bool = False
+    rounds: bool = False
+
+    @property
+    def slots(self) -> tuple[torch.Tensor, ...]:
+        """All that is filled."""
+        return (*self.whole, *(copy[0] for copy in self.copies))
+
+    def settle(self, shape: tuple[int, ...]) -> None:
+        """Take in the box's shape, the same in all pushes of an epoch."""
+        every, self.copies, self.shape = self.copies, [], shape
+        for slot, size, strides, offset in every:
+            alike = strides == slot.stride() and not offset and slot.numel() == math.prod(shape)
+            if alike and slot.is_contiguous():
+                self.whole.append(slot.view(shape))
+            else:
+                self.copies.append((slot, size, strides, offset))
+        self.small = all(slot.nbytes <= _SMALL_NBYTES for slot in self.whole)
+        self.rounds = any(slot.dtype != self.made for slot in self.slots)
+        if self.made == torch.float8_e4m3fn and len(shape) == 2 and not self.rounds:
+            self.blocks = _blocks(self, shape)
+
+
+def fill(jobs: Sequence[Job], source: WeightSource) -> None:
+    """Carry out all of these; on a GPU they are queued on the current stream.
+
+    Raises:
+        InputError: A tensor has not the shape that the source declared.
+    """
+    if any(job.shape is None for job in jobs):
+        holdings = source.holdings()
+        for job in jobs:
+            if job.shape is None:
+                job.settle(holdings[job.name][job.box].shape)
+    if not isinstance(source, QuantizedSource):
+        _copy(jobs, source, held=isinstance(source, _Holds))
+        return
+    # what is only copied keeps a GPU busy until the tables of the rest are made
+    kinds: dict[str | None, list[Job]] = {None: [], "values": [], "scales": []}
+    for job in jobs:
+        kinds[source.makes(job.name)].append(job)
+    _copy(kinds[None], source, held=isinstance(source.given, _Holds))
+    wanted = {(job.name, job.box): job.blocks for job in kinds["values"] if job.blocks}
+    done = source.fill(wanted)
+    _copy([j for j in kinds["values"] if (j.name, j.box) not in done], source, held=False)
+    _copy(kinds["scales"], source, held=True)
+
+
+#: sources that have what they hand out; what another makes is kept no longer than it must be
+_Holds = PreparedSource | StateDictSource | ConvertedSource
+
+
+def _copy(jobs: Iterable[Job], source: WeightSource, *, held: bool) -> None:
+    together: dict[tuple[torch.dtype, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for job in jobs:
+        local = source.local(job.name, job.box)
+        if local.shape != job.shape:
+            raise InputError(
+                f"{job.name!r} has shape {tuple(local.shape)}, declared was {job.shape}",
+                hint="weights must not change shape in a push",
+                tensor=job.name,
+            )
+        later = held and job.small
+        if job.rounds and local.dtype != job.made:
+            local, later = local.to(job.made), False  # WS-12
+        for slot in job.whole:
+            if later:
+                together.setdefault((local.dtype, slot.dtype), []).append((slot, local))
+            else:
+                slot.copy_(local)
+        if not job.copies:
+            continue
+        # The plan's strides are those of a contiguous box.
+        local = local.detach().contiguous()
+        start = local.storage_offset()
+        for slot, size, strides, offset in job.copies:
+            slot.copy_(local.as_strided(size, strides, start + offset))
+    for pairs in together.values():
+        torch._foreach_copy_([slot for slot, _ in pairs], [local for _, local in pairs])
+
+
+def _blocks(job: Job, shape: tuple[int, ...]) -> list[Rectangle]:
+    found = [Rectangle(slot, 0, 0) for slot in job.whole]
+    seen = np.zeros([-(-n // BLOCK) for n in shape], dtype=np.int64)
+    for copy in job.copies:
+        if (rectangle := _rectangle(copy, shape)) is None:
+            return []
+        found.append(rectangle)
+    for slot, row, col in found:
+        seen[touched_blocks(slot.shape, (row, col))] += 1
+    return found if (seen == 1).all() else []
+
+
+def _rectangle(copy: Copy, shape: tuple[int, ...]) -> Rectangle | None:
+    """A copy as whole blocks of a matrix; None: it is none, or cuts some."""
+    slot, size, strides, offset = copy
+    row, col = divmod(offset, shape[1])
+    if strides == (1,) and not size[0] % shape[1]:  # whole rows
+        slot = slot.unflatten(0, (-1, shape[1]))
+    elif strides != (shape[1], 1):
+        return None
+    ends = row + slot.shape[0], col + slot.shape[1]
+    cut = any(n % BLOCK for n in (row, col))
+    cut |= any(end > n or (end % BLOCK and end != n) for end, n in zip(ends, shape, strict=True))
+    return None if cut else Rectangle(slot, row, col)
