@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from weightsync import digest
 from weightsync.coverage import check_writes
@@ -17,13 +17,15 @@ from weightsync.worker_messages import (
     RankDigestsBody,
     RankWrites,
 )
+from weightsync_server.receiver.laps import Laps
 from weightsync_server.receiver.target import Target
 from weightsync_server.receiver.units import Proofs
 
 _POLL_S = 0.0005
 #: regions that may be written while the engine serves (WS-1), and all of them
 APART = frozenset({"shadow", "staged"})
-ALL = APART | {"direct"}
+LIVE = frozenset({"direct"})
+ALL = APART | LIVE
 
 
 class Epoch:
@@ -34,8 +36,11 @@ class Epoch:
         manifest: What the trainer sends.
         target: Where it lands.
         proofs: How it gets from there into the kernel tensors.
-        transport: Its memory is registered; closed with the epoch.
+        new_transport: Makes one that was never used; it is closed with the epoch.
         shadowed: Whether a commit exchanges what serves with a shadow of it.
+
+    Attributes:
+        metadata: With what the ranks reach the target's memory, which is registered.
     """
 
     def __init__(
@@ -44,15 +49,14 @@ class Epoch:
         manifest: Manifest,
         target: Target,
         proofs: Proofs,
-        transport: Transport,
+        new_transport: Callable[[], Transport],
         *,
-        shadowed: bool = False,
+        shadowed: bool,
     ) -> None:
         self.number = number
         self.manifest = manifest
         self.target = target
         self.proofs = proofs
-        self.transport = transport
         self.shadowed = shadowed
         self.pushing: BeginBody | None = None
         #: what was written to shadow and staging memory is checked, and belongs to `pushing`
@@ -62,6 +66,25 @@ class Epoch:
         self._peers: dict[int, str] = {}
         self._seen: set[tuple[str, bytes]] = set()
         self._begun = 0
+        self.transport = new_transport()
+        try:
+            self.transport.register(target.local_memory())
+            self.metadata = self.transport.metadata()
+        except BaseException:
+            self.close()
+            raise
+
+    def check_number(self, number: int) -> None:
+        """Refuse what is meant for another epoch (WS-8).
+
+        Raises:
+            StaleEpochError: It is.
+        """
+        if number != self.number:
+            raise StaleEpochError(
+                f"epoch {number} is over at {self.target.layout.place}: it is {self.number} now",
+                hint="make a new rendezvous",
+            )
 
     def connect(self, ranks: list[RankWrites]) -> None:
         """Take in the writing ranks and prove that together they write every byte once (WS-7).
@@ -88,7 +111,7 @@ class Epoch:
         return "direct" in self._modes
 
     def begin(self, body: BeginBody) -> None:
-        """Expect a version; a repeat changes nothing.
+        """Expect a version that :meth:`is_pushing` does not know.
 
         Raises:
             NoSessionError: No rank is connected.
@@ -97,8 +120,6 @@ class Epoch:
         """
         if not self._writes:
             raise NoSessionError("no rank is connected", hint="call /connect first")
-        if self.is_pushing(body.version, body.push_id):
-            return
         if body.version <= self._begun:
             raise StaleEpochError(
                 f"version {body.version} was begun in epoch {self.number} before",
@@ -107,13 +128,42 @@ class Epoch:
         self.pushing, self._begun, self.prepared = body, body.version, False
         self._seen.clear()
 
-    def is_pushing(self, version: int, push_id: str) -> bool:
+    def is_pushing(self, body: BeginBody | PrepareBody | CommitBody) -> bool:
         """Whether that push has begun that version here, and has not ended."""
         return self.pushing is not None and (
-            (self.pushing.version, self.pushing.push_id) == (version, push_id)
+            (self.pushing.version, self.pushing.push_id) == (body.version, body.push_id)
         )
 
-    def wait_for_writers(self, body: CommitBody | PrepareBody) -> None:
+    def check_pushing(self, body: PrepareBody | CommitBody) -> None:
+        """Refuse a push that has not begun.
+
+        Raises:
+            NoSessionError: It has not.
+        """
+        if not self.is_pushing(body):
+            raise NoSessionError(
+                f"push {body.push_id} of version {body.version} was never begun at "
+                f"{self.target.layout.place}",
+                hint="call /begin_update first",
+            )
+
+    def check_landed(self, body: PrepareBody | CommitBody, laps: Laps) -> None:
+        """Wait for the writers and compare digests, but not again of what was ``prepared``.
+
+        Raises:
+            DeadlineError: A writer did not report this version in time.
+            VerifyError: A digest differs.
+        """
+        due = self.exposed or not self.prepared
+        if due:
+            self._wait_for_writers(body)
+        laps.end("writers")
+        if due:
+            rest = LIVE if self.prepared else ALL
+            self._check_digests(body.ranks, APART if isinstance(body, PrepareBody) else rest)
+        laps.end("digest")
+
+    def _wait_for_writers(self, body: CommitBody | PrepareBody) -> None:
         """Wait until every rank's notification of this version is there.
 
         Before the pause (``PrepareBody``) a rank that also writes to live memory has a message of
@@ -187,7 +237,7 @@ class Epoch:
             made |= zip(of_device, digest.digests([pieces[k] for k in of_device]), strict=True)
         return [made[k] for k in range(len(pieces))]
 
-    def check_digests(self, ranks: list[RankDigestsBody], modes: Collection[str]) -> None:
+    def _check_digests(self, ranks: list[RankDigestsBody], modes: Collection[str]) -> None:
         """Compare what has landed in regions of these modes with what the ranks sent.
 
         Raises:

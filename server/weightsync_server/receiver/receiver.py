@@ -18,7 +18,6 @@ from weightsync.errors import (
     NoPreviousError,
     NoSessionError,
     PushInProgressError,
-    StaleEpochError,
     StaleVersionError,
 )
 from weightsync.manifest import Manifest
@@ -46,7 +45,7 @@ from weightsync.worker_messages import (
 )
 from weightsync_server.engines.base import EngineAdapter
 from weightsync_server.receiver.attachment import Attachment
-from weightsync_server.receiver.epoch import ALL, APART, Epoch
+from weightsync_server.receiver.epoch import Epoch
 from weightsync_server.receiver.fence import refuse_fenced
 from weightsync_server.receiver.history import History
 from weightsync_server.receiver.installer import install, load_apart, unproven
@@ -78,7 +77,7 @@ class Receiver:
         self._prover = Prover(adapter)
         self._attachment = Attachment(adapter, self._prover)
         self._epoch: Epoch | None = None
-        self._committed: tuple[str, CommitReply] | None = None
+        self._committed: dict[tuple[str, int], CommitReply] = {}
         self._history = History(adapter, self._prover)
         self._rolled_back_from = 0
         self._newest_begun = 0
@@ -159,19 +158,11 @@ class Receiver:
             shadow_of=self._history.shadow_of(body, proofs),
             device=self._history.device(body),
         )
-        transport = self._new_transport()
-        try:
-            transport.register(target.local_memory())
-            metadata = transport.metadata()
-        except BaseException:
-            transport.close()
-            raise
-        self._epoch = Epoch(
-            body.epoch, manifest, target, proofs, transport, shadowed=body.mode == "shadow"
-        )
-        return LayoutReply(
-            type(transport).__name__, metadata, target.layout, self._history.rollback_to
-        )
+        shadowed = body.mode == "shadow"
+        epoch = Epoch(body.epoch, manifest, target, proofs, self._new_transport, shadowed=shadowed)
+        self._epoch = epoch
+        kind = type(epoch.transport).__name__
+        return LayoutReply(kind, epoch.metadata, target.layout, self._history.rollback_to)
 
     def connect(self, body: ConnectBody) -> None:
         """Take in the writing ranks and prove that together they write every byte once (WS-7).
@@ -189,11 +180,7 @@ class Receiver:
                 f"worker {self.adapter.place} has no rendezvous",
                 hint="call /init_transfer and /connect first",
             )
-        if self._epoch.number != number:
-            raise StaleEpochError(
-                f"epoch {number} is over at {self.adapter.place}: it is {self._epoch.number} now",
-                hint="make a new rendezvous",
-            )
+        self._epoch.check_number(number)
         return self._epoch
 
     # ------------------------------------------------------------------ one push
@@ -216,22 +203,12 @@ class Receiver:
         if body.live:
             self.adapter.synchronize()
         self._check_place()
-        if not epoch.is_pushing(body.version, body.push_id):
+        if not epoch.is_pushing(body):
             epoch.begin(body)
             self._newest_begun = max(self._newest_begun, body.version)
             self._history.forget(shadowed=epoch.shadowed)
         # from here on a write may land in live memory at any time (WS-4)
         self.dirty = self.dirty or (body.live and epoch.exposed)
-
-    def _pushing(self, body: PrepareBody | CommitBody) -> Epoch:
-        epoch = self._current(body.epoch)
-        if not epoch.is_pushing(body.version, body.push_id):
-            raise NoSessionError(
-                f"push {body.push_id} of version {body.version} was never begun at "
-                f"{self.adapter.place}",
-                hint="call /begin_update first",
-            )
-        return epoch
 
     def prepare(self, body: PrepareBody) -> PrepareReply:
         """Check what was written beside the live tensors, so that the pause need not wait for it.
@@ -242,17 +219,14 @@ class Receiver:
             DeadlineError: A writer did not report this version in time.
             VerifyError: A digest differs.
         """
-        epoch, laps = self._pushing(body), Laps()
-        if epoch.prepared:
-            return PrepareReply({})
-        epoch.wait_for_writers(body)
-        laps.end("writers")
-        epoch.check_digests(body.ranks, APART)
-        laps.end("digest")
-        if epoch.shadowed and epoch.proofs.proven:
-            self._history.copy(epoch.proofs)
-        epoch.prepared = True
-        laps.end("keep")
+        epoch, laps = self._current(body.epoch), Laps()
+        epoch.check_pushing(body)
+        if not epoch.prepared:
+            epoch.check_landed(body, laps)
+            if epoch.shadowed and epoch.proofs.proven:
+                self._history.copy(epoch.proofs)
+            epoch.prepared = True
+            laps.end("keep")
         return PrepareReply(laps.seconds)
 
     def commit(self, body: CommitBody) -> CommitReply:
@@ -265,20 +239,11 @@ class Receiver:
             VerifyError: A digest differs.
             IdentityError: A kernel tensor moved since the push began.
         """
-        if (
-            self._committed is not None
-            and self._committed[0] == body.push_id
-            and self._committed[1].version == body.version
-            and not self.dirty
-        ):
-            return self._committed[1]
-        epoch, laps = self._pushing(body), Laps()
-        if epoch.exposed or not epoch.prepared:
-            epoch.wait_for_writers(body)
-        laps.end("writers")
-        if epoch.exposed or not epoch.prepared:
-            epoch.check_digests(body.ranks, {"direct"} if epoch.prepared else ALL)
-        laps.end("digest")
+        if not self.dirty and (body.push_id, body.version) in self._committed:
+            return self._committed[body.push_id, body.version]
+        epoch, laps = self._current(body.epoch), Laps()
+        epoch.check_pushing(body)
+        epoch.check_landed(body, laps)
         # the digests are of the registered memory: is it still what the engine serves with?
         self._check_place()
         self._install(epoch)
@@ -290,16 +255,10 @@ class Receiver:
         laps.end("refresh")
         if not epoch.proofs.proven:
             self.close()  # the layout is another one now: the next push makes a new rendezvous
-        self._committed = (
-            body.push_id,
-            CommitReply(
-                body.version,
-                laps.seconds,
-                epoch_over=not epoch.proofs.proven,
-                rollback_to=self._history.rollback_to,
-            ),
-        )
-        return self._committed[1]
+        over, kept = not epoch.proofs.proven, self._history.rollback_to
+        reply = CommitReply(body.version, laps.seconds, epoch_over=over, rollback_to=kept)
+        self._committed = {(body.push_id, body.version): reply}
+        return reply
 
     def _install(self, epoch: Epoch) -> None:
         self.adapter.synchronize()
@@ -349,7 +308,7 @@ class Receiver:
             self.adapter.synchronize()
             # versions only grow: whatever comes next is newer than what was given up
             self._rolled_back_from = max(self._rolled_back_from, given_up)
-            self.version, self.dirty, self._committed = body.to, False, None
+            self.version, self.dirty, self._committed = body.to, False, {}
         laps.end("refresh")
         return RollbackReply(self.version, self._rolled_back_from, laps.seconds)
 
@@ -367,7 +326,7 @@ class Receiver:
             self.dirty = True
 
         reload(self._prover, self._attachment, started)
-        self.version, self.dirty, self._committed = 0, False, None
+        self.version, self.dirty, self._committed = 0, False, {}
         laps.end("install")
         return ReloadReply(laps.seconds)
 
