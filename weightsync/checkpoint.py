@@ -39,9 +39,8 @@ class Checkpoint:
             else:
                 files = sorted(folder.glob("*.safetensors"))
             if not files:
-                raise InputError(
-                    f"no safetensors in {folder}", hint="name the folder of a Hugging Face model"
-                )
+                there = f"no safetensors in {folder}" if folder.is_dir() else f"no folder {folder}"
+                raise InputError(there, hint="name the folder of a Hugging Face model")
             self._where: dict[str, Any] = {}
             for file in files:
                 handle = safe_open(file, framework="pt", device="cpu")

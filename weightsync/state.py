@@ -45,6 +45,8 @@ from weightsync.state_records import AgentState, Effect, Phase, Step, without_se
 
 __all__ = ["AgentState", "Effect", "Phase", "Step", "check_rollback", "check_verify", "step"]
 
+_RESUME_BY_HAND = "weightsync resume URL, or POST /resume without push_id"
+
 
 def step(state: AgentState, event: Event) -> Step:
     """The state after ``event``, and the effects to carry out.
@@ -148,7 +150,8 @@ def _pause(state: AgentState, push_id: str | None) -> Step:
         return Step(state, (Effect.PAUSE,))
     if state.phase == "paused" and state.owner != push_id:
         raise EnginePausedError(
-            "the engine was paused by hand", hint="POST /resume without push_id first"
+            "the engine was paused by hand",
+            hint=_RESUME_BY_HAND,
         )
     return Step(state)
 
@@ -158,8 +161,9 @@ def _resume(state: AgentState, push_id: str | None) -> Step:
     if state.phase == "torn":
         raise EngineTornError(
             f"the engine's weights are not whole: version {state.version} was being replaced",
-            hint="push again, all of it, with a new rendezvous; or restart the engine"
-            + ("" if state.rollback_to is None else "; or POST /rollback"),
+            hint="push again, all of it, with a new rendezvous; or weightsync reload URL; or "
+            "restart the engine"
+            + ("" if state.rollback_to is None else "; or weightsync rollback URL"),
             version=state.version,
             lowest=state.target,
         )
@@ -174,7 +178,7 @@ def _resume(state: AgentState, push_id: str | None) -> Step:
     if state.owner != push_id:
         raise EnginePausedError(
             "the engine was paused by hand, only a resume by hand ends that",
-            hint="POST /resume without push_id",
+            hint=_RESUME_BY_HAND,
         )
     return Step(state, (Effect.RESUME,))
 
@@ -196,7 +200,8 @@ def _begin(state: AgentState, ask: BeginAsked) -> Step:
         )
     if state.owner is None and state.phase == "paused":
         raise EnginePausedError(
-            "the engine was paused by hand", hint="POST /resume without push_id first"
+            "the engine was paused by hand",
+            hint=_RESUME_BY_HAND,
         )
     unpaused = ask.shadow and state.phase == "ready"
     if (state.owner is None or state.may_run) and not unpaused:

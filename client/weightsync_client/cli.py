@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -11,8 +10,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+import weightsync
+from weightsync.errors import InputError
+from weightsync.protocol import PROTOCOL_VERSION
 from weightsync_client.bench.command import bench
-from weightsync_client.commands.common import TLS_FILES, TraceFile
+from weightsync_client.commands.common import (
+    EXIT_INPUT,
+    TLS_FILES,
+    AsJson,
+    TraceFile,
+    print_json,
+)
 from weightsync_client.commands.doctor import doctor
 from weightsync_client.commands.fleet import PushModes, pause, reload, resume, rollback, status
 from weightsync_client.commands.weights import explain_command, push, verify
@@ -29,6 +37,12 @@ app = typer.Typer(
 )
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"weightsync {weightsync.__version__}, protocol {PROTOCOL_VERSION}")
+        raise typer.Exit
+
+
 @app.callback()
 def certificates(
     ca_file: Annotated[
@@ -43,6 +57,10 @@ def certificates(
         Path | None,
         typer.Option(help="Its key, if not in the same file.  [default: WEIGHTSYNC_KEY_FILE]"),
     ] = None,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Tell it, and exit."),
+    ] = False,
 ) -> None:
     """Carry new weights into live inference engines: whole or not at all."""
     TLS_FILES.set(TlsFiles(ca_file, cert_file, key_file))
@@ -116,9 +134,7 @@ def demo(
             help="shadow: the engine serves while new weights are written beside its own."
         ),
     ] = PushModes.direct,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")
-    ] = False,
+    as_json: AsJson = False,
     workdir: Annotated[
         Path | None,
         typer.Option(help="New or empty folder for checkpoints and logs, which stay there."),
@@ -170,8 +186,10 @@ def demo(
         sys.stderr.write(f"weightsync demo: {result.error}\n")
     if result.folder:
         sys.stderr.write(f"weightsync demo: logs and checkpoints are in {result.folder}\n")
-    if as_json and result.exit_code != 2:
-        sys.stdout.write(json.dumps(result.to_dict()) + "\n")
+    if as_json and result.exit_code == EXIT_INPUT:
+        print_json({"error": InputError(result.error).to_problem()})
+    elif as_json:
+        print_json(result.to_dict())
     raise typer.Exit(result.exit_code)
 
 

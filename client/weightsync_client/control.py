@@ -194,12 +194,11 @@ class Agent:
         try:
             answer = json.loads(raw)
         except ValueError:
-            text = raw[:200].decode("utf-8", "replace")
-            raise self._not_an_agent(f"{call} answered HTTP {status}: {text!r}") from None
+            raise self._not_an_agent(f"{call} answered HTTP {status}: {_text(raw)}") from None
         if 200 <= status < 300:
             return answer
         if not isinstance(answer, dict) or "code" not in answer:
-            raise self._not_an_agent(f"{call} answered HTTP {status}: {raw[:200]!r}")
+            raise self._not_an_agent(f"{call} answered HTTP {status}: {_text(raw)}")
         error = from_problem(answer)
         error.message = f"agent {self.url}: {error.message}"
         error.args = (error.message,)
@@ -350,3 +349,8 @@ def _checked_url(url: str) -> str:
             f"not an agent's address: {url!r}", hint="write it as http://HOST:PORT", agent=url
         )
     return url.rstrip("/")
+
+
+def _text(raw: bytes) -> str:
+    """The beginning of what is no answer of an agent's, in one line."""
+    return " ".join(raw[:200].decode("utf-8", "replace").split())

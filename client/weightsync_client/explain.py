@@ -16,6 +16,9 @@ from weightsync.geometry import dst_runs, strided_copy
 from weightsync.layout import CopyRecord, WorkerLayout
 from weightsync.manifest import Manifest
 
+#: names that a part of one is answered with
+_NEAR = 5
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -122,10 +125,12 @@ def explain(
             {t.name for t in manifest} | {r.name for _, layout in workers for r in layout.regions}
         )
         if tensor not in known:
-            near = nearest(tensor, known)
+            near = nearest(tensor, known) or [name for name in known if tensor in name][:_NEAR]
             raise InputError(
                 f"no checkpoint or kernel tensor is called {tensor!r}",
-                hint=f"did you mean {', '.join(near)}?" if near else "see the checkpoint's names",
+                hint=f"did you mean {', '.join(near)}?"
+                if near
+                else f"names are as {known[len(known) // 2]}",
                 tensor=tensor,
                 near=near,
             )

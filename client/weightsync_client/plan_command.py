@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
 import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from weightsync.errors import InputError, WeightSyncError
+from weightsync.errors import InputError
 from weightsync.families import ModelConfig, declare
 from weightsync.families.grids import Inference, inference_grid, trainer_grid
 from weightsync.families.model import Model
@@ -26,9 +24,9 @@ from weightsync.families.trainer import TrainerGrid, holdings
 from weightsync.forecast import FILL_NBYTES_PER_S, Forecast, Spread, forecast
 from weightsync.layout import WorkerLayout
 from weightsync.plan import COALESCE_NBYTES, Job
+from weightsync_client.commands.common import AsJson, errors_told, print_json
 from weightsync_client.report import human_bytes, human_seconds
 
-#: parts of the model's layers that ``--scaling`` plans
 #: parts of a model's layers at which planning time is shown
 SCALES = (0.125, 0.25, 0.5, 1.0)
 
@@ -166,9 +164,7 @@ def plan(
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Show how planning time grows with the model.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Plan a push without a GPU, an engine or a training job, and prove that it would be whole.
 
@@ -179,7 +175,7 @@ def plan(
     Exit status: 0 the plan is whole; 1 it is not; 2 bad arguments, or a model that these grids
     do not divide.
     """
-    try:
+    with errors_told("plan", as_json=as_json):
         _positive("--nic-gbps", nic_gbps)
         _positive("--fill-gbytes-per-s", fill_gbytes_per_s)
         config = ModelConfig.read(model_config)
@@ -201,15 +197,12 @@ def plan(
                         coalesce_nbytes=coalesce_bytes,
                     )
                 )
-    except WeightSyncError as error:
-        sys.stderr.write(f"weightsync plan: {error}\n")
-        raise typer.Exit(2 if isinstance(error, InputError) else 1) from None
     outcome = outcomes[-1]
     if as_json:
         answer = outcome.to_dict()
         if scaling:
             answer["scaling"] = [_scale(other) for other in outcomes]
-        sys.stdout.write(json.dumps(answer) + "\n")
+        print_json(answer)
         return
     console = Console()
     console.print(_summary(outcome, nic_gbps))

@@ -114,7 +114,7 @@ def test_bad_arguments_exit_with_2_and_say_why(
     config: Path, options: tuple[str, ...], said: str
 ) -> None:
     code, out, err = run(config, *options, "--json")
-    assert (code, out) == (2, "")
+    assert (code, json.loads(out)["error"]["code"]) == (2, "invalid_input")
     assert said in err
     assert "Traceback" not in err
 
@@ -124,7 +124,7 @@ def test_a_file_that_is_no_known_config_exits_with_2(tmp_path: Path, text: str) 
     path = tmp_path / "config.json"
     path.write_text(text)
     code, out, err = run(path, "--trainer", "fsdp=2", "--inference", "tp=2", "--json")
-    assert (code, out) == (2, "")
+    assert (code, json.loads(out)["error"]["code"]) == (2, "invalid_input")
     assert str(path) in err
 
 

@@ -98,7 +98,7 @@ def test_ctrl_c_ends_every_process_and_removes_the_folder(environ, tmp_path: Pat
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=40)
     assert process.returncode == 130
-    assert "interrupted; all its processes are ended" in err
+    assert "interrupted" in err
     assert list(tmp_path.glob("weightsync-bench-*")) == left_behind(tmp_path) == []
 
 

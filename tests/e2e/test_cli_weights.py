@@ -46,6 +46,8 @@ def test_a_pushed_folder_is_what_the_engine_serves_and_verify_says_so(
     other = run("verify", checkpoint, *agent, "--json")
     assert other.code == 1
     assert len(other.json["agents"][0]["differs"]) == 25
+    told = run("verify", checkpoint, *agent).out
+    assert (told.count("(from "), told.count("and 5 more: --json has all")) == (20, 1)
 
 
 def test_verify_names_the_one_tensor_that_differs(
@@ -130,11 +132,12 @@ def test_explain_tells_where_every_byte_of_a_checkpoint_tensor_goes(stack: Stack
     assert part["box"] == [[0, 256], [0, 512]]
     assert (part["start"], part["stop"], part["nbytes"]) == (0, 2 * 256 * 512, 2 * 256 * 512)
     shown = " ".join(run("explain", name, "--agent", stack.agent.url).out.split())
-    assert "direct" in shown
-    assert "262.1 kB" in shown
+    assert f"{name}[0:256, 0:512], 262.1 kB -> {name} bytes [0, 262,144), direct" in shown
 
 
 def test_explain_of_an_unknown_name_gives_the_nearest(stack: Stack, run: Run) -> None:
     done = run("explain", "model.norm.wieght", "--agent", stack.agent.url, "--json")
     assert (done.code, done.json["error"]["code"]) == (2, "invalid_input")
     assert "did you mean model.norm.weight" in done.err
+    part = run("explain", "k_norm", "--agent", stack.agent.url)
+    assert "did you mean model.layers.0.self_attn.k_norm.weight, model.layers.1." in part.err

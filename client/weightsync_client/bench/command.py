@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic import BaseModel, ValidationError
@@ -21,6 +21,7 @@ from weightsync_client.bench.gpu import CASES, MAY_LACK, GpuOptions, run_gpu
 from weightsync_client.bench.loopback import LoopbackOptions, run_loopback
 from weightsync_client.bench.plan import PlanOptions, run_plan
 from weightsync_client.bench.view import markdown, tables
+from weightsync_client.commands.common import AsJson, errors_told, print_json
 from weightsync_client.demo.stack import shared_environ
 from weightsync_client.signals import sigterm_as_exit
 
@@ -33,9 +34,6 @@ bench = typer.Typer(
     help="Measure pushes beside their baselines, in the same run.", no_args_is_help=True
 )
 
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")
-]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print tables for a document.")]
 Plot = Annotated[
     Path | None, typer.Option(metavar="OUT.png", help="Draw the figures (needs weightsync[bench]).")
@@ -55,7 +53,7 @@ def loopback(
     small_pushes: Annotated[
         int, typer.Option(help="Pushes of many small tensors, for what Python costs; 0: none.")
     ] = _LOOPBACK.small_pushes,
-    as_json: Json = False,
+    as_json: AsJson = False,
     as_markdown: Markdown = False,
     plot: Plot = None,
 ) -> None:
@@ -66,7 +64,7 @@ def loopback(
 
     Exit status: 0 measured (targets met or not); 1 it failed; 2 bad arguments.
     """
-    with _told(as_json or as_markdown) as told, _failing("loopback"):
+    with _told(as_json or as_markdown) as told, _failing("loopback", as_json=as_json):
         _check_plot(plot)
         options = _options(
             LoopbackOptions, nbytes=nbytes, rounds=rounds, warmup=warmup, timeout_s=timeout,
@@ -89,7 +87,7 @@ def gpu(
     ] = None,
     timeout: Timeout = _GPU.timeout_s,
     device: Annotated[str, typer.Option(hidden=True)] = _GPU.device,
-    as_json: Json = False,
+    as_json: AsJson = False,
     as_markdown: Markdown = False,
     plot: Plot = None,
 ) -> None:
@@ -101,7 +99,7 @@ def gpu(
 
     Exit status: 0 the pushes were measured; 1 they failed; 2 bad arguments, or no GPU.
     """
-    with _told(as_json or as_markdown) as told, _failing("gpu"):
+    with _told(as_json or as_markdown) as told, _failing("gpu", as_json=as_json):
         _check_plot(plot)
         options = _options(
             GpuOptions, rounds=rounds, warmup=warmup, cases=case or CASES, timeout_s=timeout,
@@ -132,7 +130,7 @@ def plan(
     ] = _PLAN.inference,
     rounds: Rounds = _PLAN.rounds,
     warmup: Warmup = _PLAN.warmup,
-    as_json: Json = False,
+    as_json: AsJson = False,
     as_markdown: Markdown = False,
     plot: Plot = None,
 ) -> None:
@@ -140,7 +138,7 @@ def plan(
 
     Exit status: 0 measured; 1 a plan is not whole; 2 bad arguments.
     """
-    with _told(as_json or as_markdown) as told, _failing("plan"):
+    with _told(as_json or as_markdown) as told, _failing("plan", as_json=as_json):
         _check_plot(plot)
         options = _options(
             PlanOptions, config_file=model_config, trainer=trainer, inference=inference,
@@ -159,7 +157,7 @@ def report(
 
     Exit status: 0 done; 2 bad arguments.
     """
-    with _failing("report"):
+    with _failing("report", as_json=False):
         _check_plot(plot)
         answer = _stored(figures)
     _show(answer, as_json=False, as_markdown=True, plot=plot)
@@ -190,7 +188,7 @@ def _show(
     answer: Mapping[str, Any], *, as_json: bool, as_markdown: bool, plot: Path | None
 ) -> None:
     if as_json:
-        sys.stdout.write(json.dumps(answer) + "\n")
+        print_json(dict(answer))
     elif as_markdown:
         sys.stdout.write(markdown(answer))
     else:
@@ -250,19 +248,7 @@ def _folder() -> Iterator[Path]:
 
 
 @contextmanager
-def _failing(name: str) -> Iterator[None]:
-    """Turns failures into messages and exit statuses."""
-
-    def leave(status: int, text: str) -> NoReturn:
-        sys.stderr.write(f"weightsync bench {name}: {text}\n")
-        raise typer.Exit(status) from None
-
-    try:
-        with sigterm_as_exit():
-            yield
-    except InputError as error:
-        leave(2, str(error))
-    except WeightSyncError as error:
-        leave(1, str(error))
-    except KeyboardInterrupt:
-        leave(130, "interrupted; all its processes are ended")
+def _failing(name: str, *, as_json: bool) -> Iterator[None]:
+    """Turns failures into messages and exit statuses; what is interrupted ends its processes."""
+    with errors_told(f"bench {name}", as_json=as_json), sigterm_as_exit():
+        yield

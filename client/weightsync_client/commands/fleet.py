@@ -225,7 +225,8 @@ def _post(
     request: PauseRequest | ResumeRequest | RollbackRequest | ReloadRequest,
     timeout_s: float,
 ) -> dict[str, Any]:
-    return agent.post(path, request, StepResponse, timeout_s=timeout_s).model_dump()
+    answer = agent.post(path, request, StepResponse, timeout_s=timeout_s)
+    return answer.model_dump(include={"state", "version", "seconds"})
 
 
 def _step(

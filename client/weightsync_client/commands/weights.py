@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from weightsync.errors import InputError
 from weightsync.logs import log_to_stderr
@@ -34,6 +32,8 @@ from weightsync_client.report import human_bytes
 from weightsync_client.settings import Deadlines
 from weightsync_client.signals import sigterm_as_exit
 
+#: tensors that differ which are named to a person
+_SHOWN = 20
 #: what verify packs at a time: nobody waits for it, so it need not hold the model
 _VERIFY_SLOT_NBYTES = 1 << 30
 
@@ -153,11 +153,13 @@ def verify(
             f"{verdict.url}: version {verdict.version}, {verdict.kernel_tensors} kernel tensors "
             f"compared: {what}"
         )
-        for found in verdict.differs:
+        for found in verdict.differs[:_SHOWN]:
             typer.echo(
                 f"  {found.place} {found.kernel_tensor}: {found.what} "
                 f"(from {', '.join(found.checkpoint_tensors)})"
             )
+        if (more := len(verdict.differs) - _SHOWN) > 0:
+            typer.echo(f"  and {more} more: --json has all")
     raise typer.Exit(0 if equal else EXIT_NO)
 
 
@@ -220,31 +222,35 @@ def _engines_folder(fleet: Fleet, deadlines: Deadlines) -> Path:
 
 
 def _print_explanation(found: Explanation) -> None:
-    console = Console()
-    table = Table(title=found.tensor, title_justify="left")
-    for head in ("worker", "checkpoint tensor", "kernel tensor", "module", "how", "bytes"):
-        table.add_column(head, overflow="fold")
+    """In lines, not in a table: names are long, and people search for them."""
+    lines: dict[str, list[str]] = {}
+    agents = {part.agent for part in found.parts} | {gap.agent for gap in found.untouched}
+    agents |= {agent for agent, _ in found.dropped_by}
+
+    def of(agent: str, place: str) -> list[str]:
+        return lines.setdefault(place if len(agents) == 1 else f"{agent} {place}", [])
+
     for part in found.parts:
-        cast = "" if part.checkpoint_dtype == part.kernel_dtype else f" as {part.kernel_dtype}"
+        cast = "" if part.checkpoint_dtype == part.kernel_dtype else f", as {part.kernel_dtype}"
         runs = "" if part.runs == 1 else f" in {part.runs:,} runs"
-        table.add_row(
-            part.place,
-            f"{part.checkpoint_tensor}{_indices(part)}",
-            f"{part.kernel_tensor} bytes \\[{part.start:,}, {part.stop:,}){runs}",
-            part.module or "the model",
-            f"{part.mode}{cast}",
-            human_bytes(part.nbytes),
-        )
-    console.print(table)
+        source = f"{part.checkpoint_tensor}{_indices(part)}"
+        target = f"{part.kernel_tensor} bytes [{part.start:,}, {part.stop:,}){runs}"
+        told = of(part.agent, part.place)
+        told.append(f"{source}, {human_bytes(part.nbytes)}{cast}")
+        told.append(f"  -> {target}, {part.mode}, of {part.module or 'the model'}")
     for gap in found.untouched:
-        console.print(f"{gap.place}: bytes \\[{gap.start:,}, {gap.stop:,}) are left alone: padding")
-    for _, place in found.dropped_by:
-        console.print(f"{place}: its loader takes the tensor and drops it")
-    if not (found.parts or found.untouched or found.dropped_by):
-        console.print("it has no bytes")
+        of(gap.agent, gap.place).append(
+            f"{gap.kernel_tensor} bytes [{gap.start:,}, {gap.stop:,}) are left alone: padding"
+        )
+    for agent, place in found.dropped_by:
+        of(agent, place).append("its loader takes the tensor and drops it")
+    for worker, told in lines.items():
+        typer.echo("\n  ".join([worker, *told]))
+    if not lines:
+        typer.echo(f"{found.tensor} has no bytes")
 
 
 def _indices(part: Part) -> str:
     if part.box is None:
-        return f" elements {part.src_offset:,} + {list(part.src_strides)}".replace("[", "\\[")
-    return f"\\[{', '.join(f'{lo}:{hi}' for lo, hi in part.box)}]"
+        return f" elements {part.src_offset:,} + {list(part.src_strides)}"
+    return f"[{', '.join(f'{lo}:{hi}' for lo, hi in part.box)}]"
