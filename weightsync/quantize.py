@@ -33,7 +33,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 -- as everywhere
@@ -111,32 +111,42 @@ def quantize(weights: Weights, *, out: Quantized | None = None) -> Quantized:
     return out or Quantized(batch.squeeze(weight), batch.squeeze(scale_inv))
 
 
-def quantize_each(weights: Sequence[torch.Tensor], out: Sequence[Quantized]) -> None:
-    """:func:`quantize` of each ``[N, K]`` tensor into memory of its own.
+class Prepared(Protocol):
+    """What was prepared to be quantised again and again."""
 
-    On a GPU one launch does all that have dtype, shape and strides in common.
+    def run(self) -> None:
+        """Queue it on the current stream."""
+
+
+def prepare_each(
+    weights: Sequence[torch.Tensor], out: Sequence[Quantized]
+) -> list[Prepared] | None:
+    """Prepare to :func:`quantize` each ``[N, K]`` tensor into memory of its own.
+
+    What is prepared reads and writes what is at the tensors' addresses, and keeps none of them.
+
+    Returns:
+        One launch for all that have dtype, shape and strides in common; None: there are no kernels
+        for this device.
 
     Raises:
-        InputError: As :func:`quantize`; nothing was written.
+        InputError: As :func:`quantize`.
     """
-    batches = [_batch(tensor) for tensor in weights]
     each = [
         (
-            batch,
-            batch.output("out.weight", made.weight, batch.shape[1:], _FP8),
-            batch.output("out.scale_inv", made.scale_inv, _grid(batch.shape[1:], (0, 0)), _F32),
+            batch.tensors[0],
+            batch.output("out.weight", made.weight, batch.shape[1:], _FP8)[0],
+            batch.output("out.scale_inv", made.scale_inv, _grid(batch.shape[1:], (0, 0)), _F32)[0],
         )
-        for batch, made in zip(batches, out, strict=True)
+        for batch, made in zip(map(_batch, weights), out, strict=True)
     ]
     if not each:
-        return
-    kernels = _kernels(batches[0].device)
-    if kernels is None or any(b.grouped or b.device != batches[0].device for b in batches):
-        for tensor, made in zip(weights, out, strict=True):
-            quantize(tensor, out=made)
-        return
-    tensors, values, scales = zip(*((b.tensors[0], q[0], s[0]) for b, q, s in each), strict=True)
-    kernels.quantize_each(tensors, values, scales)
+        return []
+    kernels = _kernels(each[0][0].device)
+    if kernels is None:
+        return None
+    found: list[Prepared] = kernels.launches(*zip(*each, strict=True))
+    return found
 
 
 def block_amax(local: Weights, box_offset: Sequence[int] = (0, 0)) -> torch.Tensor:

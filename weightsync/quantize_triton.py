@@ -205,39 +205,70 @@ def _launch(
         )
 
 
-def quantize_each(
+class Launch:
+    """A launch that quantises whole matrices of one form, again and again from where they are.
+
+    It keeps nothing of them in memory: what is at their addresses is read and written.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[torch.Tensor],
+        weights: Sequence[torch.Tensor],
+        scales: Sequence[torch.Tensor],
+    ) -> None:
+        x, q, scale = matrices[0], weights[0].view(torch.uint8), scales[0]
+        self._programs = len(matrices) * scale.numel()
+        rows = [
+            [t.data_ptr() for t in each] for each in zip(matrices, weights, scales, strict=True)
+        ]
+        self._table = _upload(rows, x.device)
+        if x.device.type == "cuda":  # the next use may be on another stream
+            torch.cuda.current_stream(x.device).synchronize()
+        self._args = (
+            *x.shape,
+            0,
+            0,
+            *scale.shape,
+            0,
+            *x.stride(),
+            0,
+            *q.stride(),
+            0,
+            *scale.stride(),
+        )
+        self._options = {
+            "table": _DTYPES[x.dtype],
+            "x_align": _alignment([row[0] for row in rows], 0, x, (0, 0)),
+            "q_align": _alignment([row[1] for row in rows], 0, q, (0, 0)),
+            "native": _casts_natively(x.device),
+        }
+
+    def run(self) -> None:
+        """Queue it on the current stream."""
+        if not self._programs:
+            return
+        with torch.cuda.device_of(self._table):
+            _block_kernel[(self._programs,)](
+                self._table, self._table, self._table, *self._args,
+                apart=True, find_amax=True, encode=True, block=_BLOCK, **self._options, **_OPTIONS,
+            )  # fmt: skip
+
+
+def launches(
     matrices: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor],
     scales: Sequence[torch.Tensor],
-) -> None:
-    """Amax, scales and fp8 values of whole matrices of any forms, one launch a form."""
+) -> list[Launch]:
+    """What quantises whole matrices of any forms: one launch a form."""
     forms: dict[tuple[object, ...], list[int]] = {}
     for k, (x, weight, scale) in enumerate(zip(matrices, weights, scales, strict=True)):
-        form = x.dtype, x.device, x.shape, x.stride(), weight.stride(), scale.stride()
+        form = x.dtype, x.shape, x.stride(), weight.stride(), scale.stride()
         forms.setdefault(form, []).append(k)
-    for alike in forms.values():
-        x, q, scale = matrices[alike[0]], weights[alike[0]].view(torch.uint8), scales[alike[0]]
-        if not scale.numel():
-            continue
-        rows = [
-            (matrices[k].data_ptr(), weights[k].data_ptr(), scales[k].data_ptr()) for k in alike
-        ]
-        table = _upload(rows, x.device)
-        with torch.cuda.device_of(x):
-            _block_kernel[(len(alike) * scale.numel(),)](
-                table, table, table,
-                *x.shape, 0, 0, *scale.shape,
-                0, *x.stride(), 0, *q.stride(), 0, *scale.stride(),
-                table=_DTYPES[x.dtype],
-                apart=True,
-                x_align=_alignment([row[0] for row in rows], 0, x, (0, 0)),
-                q_align=_alignment([row[1] for row in rows], 0, q, (0, 0)),
-                find_amax=True,
-                encode=True,
-                native=_casts_natively(x.device),
-                block=_BLOCK,
-                **_OPTIONS,
-            )  # fmt: skip
+    return [
+        Launch(*([group[k] for k in alike] for group in (matrices, weights, scales)))
+        for alike in forms.values()
+    ]
 
 
 def _alignment(
@@ -257,9 +288,7 @@ def _casts_natively(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def _upload(
-    addresses: list[int] | list[tuple[int, int, int]], device: torch.device
-) -> torch.Tensor:
+def _upload(addresses: list[int] | list[list[int]], device: torch.device) -> torch.Tensor:
     if device.type != "cuda":
         return torch.tensor(addresses, dtype=torch.int64)
     host = torch.tensor(addresses, dtype=torch.int64, pin_memory=True)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from weightsync.errors import InputError
-from weightsync.quantize import BLOCK, touched_blocks
+from weightsync.quantize import (
+    BLOCK,
+    Prepared,
+    Quantized,
+    prepare_each,
+    quantize,
+    touched_blocks,
+)
 from weightsync_client.converted import ConvertedSource
-from weightsync_client.quantized import QuantizedSource, Rectangle
+from weightsync_client.quantized import Key, QuantizedSource
 from weightsync_client.source import StateDictSource, WeightSource
 from weightsync_client.structure import PreparedSource
 
@@ -21,6 +29,17 @@ _SMALL_NBYTES = 1 << 20
 
 #: a slot, and what of a contiguous box goes there: shape, strides and offset in elements
 Copy = tuple[torch.Tensor, tuple[int, ...], tuple[int, ...], int]
+
+
+class Rectangle(NamedTuple):
+    """Blocks of a box, all of each that is in the box, from ``row`` and ``col`` on.
+
+    ``slot`` is where their fp8 values go: ``[N, K]``, any strides.
+    """
+
+    slot: torch.Tensor
+    row: int
+    col: int
 
 
 @dataclass(slots=True)
@@ -70,29 +89,82 @@ class Job:
             self.blocks = _blocks(self, shape)
 
 
-def fill(jobs: Sequence[Job], source: WeightSource) -> None:
-    """Carry out all of these; on a GPU they are queued on the current stream.
+class Round:
+    """The jobs of one round of an epoch."""
 
-    Raises:
-        InputError: A tensor has not the shape that the source declared.
-    """
-    if any(job.shape is None for job in jobs):
-        holdings = source.holdings()
-        for job in jobs:
-            if job.shape is None:
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.jobs = jobs
+        self._straight: _Straight | None = None
+
+    def fill(self, source: WeightSource) -> None:
+        """Carry out all of them; on a GPU they are queued on the current stream.
+
+        Raises:
+            InputError: A tensor has not the shape that the source declared.
+        """
+        if self.jobs and self.jobs[0].shape is None:
+            holdings = source.holdings()
+            for job in self.jobs:
                 job.settle(holdings[job.name][job.box].shape)
-    if not isinstance(source, QuantizedSource):
-        _copy(jobs, source, held=isinstance(source, _Holds))
-        return
-    # what is only copied keeps a GPU busy until the tables of the rest are made
-    kinds: dict[str | None, list[Job]] = {None: [], "values": [], "scales": []}
-    for job in jobs:
-        kinds[source.makes(job.name)].append(job)
-    _copy(kinds[None], source, held=isinstance(source.given, _Holds))
-    wanted = {(job.name, job.box): job.blocks for job in kinds["values"] if job.blocks}
-    done = source.fill(wanted)
-    _copy([j for j in kinds["values"] if (j.name, j.box) not in done], source, held=False)
-    _copy(kinds["scales"], source, held=True)
+        if not isinstance(source, QuantizedSource):
+            _copy(self.jobs, source, held=isinstance(source, _Holds))
+            return
+        kinds: dict[str | None, list[Job]] = {None: [], "values": [], "scales": []}
+        for job in self.jobs:
+            kinds[source.makes(job.name)].append(job)
+        # what is only copied keeps a GPU busy until the rest is looked at
+        _copy(kinds[None], source, held=isinstance(source.given, _Holds))
+        if self._straight is None:
+            straight = [j for j in kinds["values"] if j.blocks and not source.cuts((j.name, j.box))]
+            self._straight = _Straight(straight)
+        done = self._straight.fill(source)
+        _copy([j for j in kinds["values"] if (j.name, j.box) not in done], source, held=False)
+        _copy(kinds["scales"], source, held=True)
+
+
+class _Straight:
+    """Matrices that are quantised into their slots, with no memory between but for the scales.
+
+    Launches are prepared once, and again when a matrix is elsewhere.
+    """
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._keys = [(job.name, job.box) for job in jobs]
+        self._blocks = [job.blocks for job in jobs]
+        self._scales: dict[Key, torch.Tensor] = {}
+        for job in jobs:
+            grid = [-(-n // BLOCK) for n in job.shape or ()]
+            self._scales[job.name, job.box] = torch.empty(grid, device=job.blocks[0].slot.device)
+        self._seen: list[tuple[int, torch.dtype, tuple[int, ...]]] = []
+        self._launches: list[Prepared] | None = None
+
+    def fill(self, source: QuantizedSource) -> Collection[Key]:
+        """Quantise, if all matrices are on the slots' device; the boxes that it did."""
+        values = [source.values(key) for key in self._keys]
+        here = [scales.device for scales in self._scales.values()]
+        if [t.device for t in values] != here:
+            return ()
+        seen = [(t.data_ptr(), t.dtype, t.stride()) for t in values]
+        if self._launches is None or seen != self._seen:
+            self._launches, self._seen = self._prepare(values), seen
+        for launch in self._launches or ():
+            launch.run()
+        source.was_quantized(self._scales)
+        return self._scales.keys()
+
+    # on a CPU there is nothing to prepare: it is done at once
+    def _prepare(self, values: Sequence[torch.Tensor]) -> list[Prepared] | None:
+        weights, out = [], []
+        for t, scales, blocks in zip(values, self._scales.values(), self._blocks, strict=True):
+            for slot, row, col in blocks:
+                rows, cols = touched_blocks(slot.shape, (row, col))
+                weights.append(t[row : row + slot.shape[0], col : col + slot.shape[1]])
+                out.append(Quantized(slot, scales[rows, cols]))
+        launches = prepare_each(weights, out)
+        if launches is None:
+            for each, made in zip(weights, out, strict=True):
+                quantize(each, out=made)
+        return launches
 
 
 #: sources that have what they hand out; what another makes is kept no longer than it must be

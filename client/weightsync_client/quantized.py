@@ -9,7 +9,7 @@ whole tensor would have given.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate, islice, pairwise
+from itertools import islice
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -21,10 +21,8 @@ from weightsync.geometry import Box
 from weightsync.manifest import TensorSpec
 from weightsync.quantize import (
     BLOCK,
-    Quantized,
     block_amax,
     quantize,
-    quantize_each,
     quantize_with_scales,
     scales_from_amax,
     touched_blocks,
@@ -38,17 +36,6 @@ BATCH_NBYTES = 64 << 20
 
 #: a box: its tensor's name and its place among that tensor's boxes
 Key = tuple[str, int]
-
-
-class Rectangle(NamedTuple):
-    """Blocks of a box, all of each that is in the box, from ``row`` and ``col`` on.
-
-    ``slot`` is where their fp8 values go: ``[N, K]``, any strides.
-    """
-
-    slot: torch.Tensor
-    row: int
-    col: int
 
 
 class _Form(NamedTuple):
@@ -219,36 +206,28 @@ class QuantizedSource:
             return "values"
         return "scales" if name in self._parts else None
 
-    @torch.no_grad()
-    def fill(self, wanted: Mapping[Key, Sequence[Rectangle]]) -> set[Key]:
-        """Quantise boxes straight into slots, on a GPU all of a form in one launch.
+    def cuts(self, key: Key) -> bool:
+        """Whether some block of a box is cut by its border."""
+        return self._places[key][0].cut
 
-        Args:
-            wanted: For each box rectangles that together are the box, once.
-
-        Returns:
-            Those that were; the others have blocks that a border cuts, or lie on another device.
+    def values(self, key: Key) -> torch.Tensor:
+        """What a box is quantised from.
 
         Raises:
-            InputError: As :meth:`local`.
+            InputError: It has not the shape that the other source declared.
         """
-        values = {key: self._values(key) for key in wanted if not self._places[key][0].cut}
-        values = {k: t for k, t in values.items() if t.device == wanted[k][0].slot.device}
-        if not values:
-            return set()
-        grids = [tuple(-(-n // BLOCK) for n in t.shape) for t in values.values()]
-        ends = [0, *accumulate(rows * cols for rows, cols in grids)]
-        flat = torch.empty(ends[-1], device=next(iter(values.values())).device)
-        weights, out = [], []
-        for (key, t), (at, end), grid in zip(values.items(), pairwise(ends), grids, strict=True):
-            scales = self._scales[key] = flat[at:end].view(grid)
-            for slot, row, col in wanted[key]:
-                n, k = slot.shape
-                rows, cols = touched_blocks((n, k), (row, col))
-                weights.append(t[row : row + n, col : col + k])
-                out.append(Quantized(slot, scales[rows, cols]))
-        quantize_each(weights, out)
-        return set(values)
+        values, shape = self.given.local(*key), self._boxes[key].shape
+        if values.shape != shape:
+            raise InputError(
+                f"{key[0]!r} has shape {tuple(values.shape)}, declared was {shape}",
+                hint="weights must not change shape in a push",
+                tensor=key[0],
+            )
+        return values
+
+    def was_quantized(self, scales: Mapping[Key, torch.Tensor]) -> None:
+        """Take in the scales of boxes that were quantised elsewhere."""
+        self._scales.update(scales)
 
     @torch.no_grad()
     def _fp8(self, key: Key) -> torch.Tensor:
@@ -276,7 +255,7 @@ class QuantizedSource:
         values: list[torch.Tensor] = []
         nbytes = 0
         for key in islice(keys, start, None):
-            t = self._values(key)
+            t = self.values(key).detach()
             if batch and (
                 nbytes + t.numel() > BATCH_NBYTES
                 or (t.device, t.dtype, t.stride())
@@ -292,16 +271,6 @@ class QuantizedSource:
                 batch, values, nbytes = [], [], 0
         if batch:
             yield batch, values
-
-    def _values(self, key: Key) -> torch.Tensor:
-        values, shape = self.given.local(*key).detach(), self._boxes[key].shape
-        if tuple(values.shape) != shape:
-            raise InputError(
-                f"{key[0]!r} has shape {tuple(values.shape)}, declared was {shape}",
-                hint="weights must not change shape in a push",
-                tensor=key[0],
-            )
-        return values
 
 
 def _lead(box: Box) -> tuple[int, int]:

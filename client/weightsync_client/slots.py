@@ -12,7 +12,7 @@ from weightsync.plan import TransportPlan
 from weightsync.slab import Slab
 from weightsync.slots import Fill
 from weightsync.transport.base import LocalMemory
-from weightsync_client.filling import Job, fill
+from weightsync_client.filling import Job, Round
 from weightsync_client.lending import Loan
 from weightsync_client.source import WeightSource
 
@@ -35,7 +35,7 @@ class Slots:
         self.slab = Slab(plan.slot_nbytes, device)
         loan.take(plan)
         self._loan = loan
-        self._rounds = [self._jobs(each.fills, manifest) for each in plan.rounds]
+        self._rounds = [Round(self._jobs(each.fills, manifest)) for each in plan.rounds]
         self._aside: torch.cuda.Stream | None = None
 
     def _jobs(self, fills: Iterable[Fill], manifest: Manifest) -> list[Job]:
@@ -69,7 +69,7 @@ class Slots:
         Raises:
             InputError: A tensor has not the shape that the source declared.
         """
-        fill(self._rounds[number], source)
+        self._rounds[number].fill(source)
 
     def refill(self, source: WeightSource, number: int) -> None:
         """:meth:`fill` while other slots are on the wire; every copy has ended when this returns.
@@ -116,7 +116,7 @@ class Slots:
         slots: dict[tuple[str, int], tuple[torch.Tensor, ...]] = {}
         if number == 0:
             slots.update(dict.fromkeys(self._loan.lent, ()))
-        slots |= {(job.name, job.box): job.slots for job in self._rounds[number]}
+        slots |= {(job.name, job.box): job.slots for job in self._rounds[number].jobs}
         for (name, box), copies in slots.items():
             local = source.local(name, box).detach()
             count = _count_nonfinite(local) if local.is_floating_point() else 0

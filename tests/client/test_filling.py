@@ -9,7 +9,7 @@ from tests.support.quantize_cases import mismatch, random_weights
 from weightsync.quantize import Quantized, quantize
 from weightsync_client import QuantizationSpec, StateDictSource
 from weightsync_client.borders import merge
-from weightsync_client.filling import Copy, Job, fill
+from weightsync_client.filling import Copy, Job, Round
 from weightsync_client.quantized import QuantizedSource
 
 N, K = 300, 400
@@ -56,11 +56,12 @@ def test_slots_have_the_bytes_of_the_whole_matrix_however_it_is_split(
         values,
     ]
     want = quantize(weights)
+    all_jobs = Round(jobs)
     if straight:
         monkeypatch.setattr(QuantizedSource, "_fp8", lambda *_: pytest.fail("made aside"))
     for _ in range(2):
         source.learn(merge([source.findings()]))
-        fill(jobs, source)
+        all_jobs.fill(source)
         assert bool(values.blocks) == straight
         assert torch.equal(rest, norm)
         for (rows, cols), slot in zip(parts, slots, strict=True):
@@ -76,6 +77,6 @@ def test_a_destination_with_strides_of_its_own_is_quantised_in_place() -> None:
     source.learn(merge([source.findings()]))
     turned = torch.zeros(K, N, dtype=torch.uint8).view(FP8).t()
     job = Job("a.weight", 0, FP8, [(turned, (N, K), (K, 1), 0)])
-    fill([job], source)
+    Round([job]).fill(source)
     assert job.blocks
     assert not mismatch(Quantized(turned, source.local("a.weight_scale_inv", 0)), quantize(weights))

@@ -221,7 +221,7 @@ def test_one_rank_that_fails_while_it_looks_for_scales_fails_all(
     same_report(job.push(shards))
     del agent.calls[:]
     seen = shards[culprit]["a.weight"].tensor.data_ptr()
-    find: Callable[..., Any] = QuantizedSource._values
+    find: Callable[..., Any] = QuantizedSource.values
 
     def broken(self: QuantizedSource, key: Any) -> torch.Tensor:
         values: torch.Tensor = find(self, key)
@@ -230,7 +230,7 @@ def test_one_rank_that_fails_while_it_looks_for_scales_fails_all(
         return values
 
     with monkeypatch.context() as patch:
-        patch.setattr(QuantizedSource, "_values", broken)
+        patch.setattr(QuantizedSource, "values", broken)
         error = same_error(job.push(shards), RankFailedError, culprit)
     assert "no memory for a strip" in str(error)
     assert error.context["phase"] == "scales"

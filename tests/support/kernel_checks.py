@@ -120,7 +120,12 @@ def _each(device: torch.device) -> str:
     turned = torch.empty(144, 200, dtype=torch.float8_e4m3fn, device=device).t()
     out[2] = q.Quantized(turned, scales[2])
     nothing = torch.zeros(0, 128, device=device)
-    q.quantize_each([*(w.to(device) for w in weights), nothing], [*out, q.quantize(nothing)])
+    matrices = [torch.zeros_like(w, device=device) for w in weights]
+    prepared = q.prepare_each([*matrices, nothing], [*out, q.quantize(nothing)])
+    for matrix, values in zip(matrices, weights, strict=True):
+        matrix.copy_(values)
+    for launch in prepared or ():
+        launch.run()
     for k, (got, want) in enumerate(zip(out, wanted, strict=True)):
         words = mismatch(got, want)
         found += [f"matrix {k}: {words}"] if words else []
