@@ -297,7 +297,8 @@ class WorkerCommand(Message):
     The worker answers by ``POST reply_url`` with a :class:`WorkerReply`, in at most ``timeout_s``.
     ``body`` is for all workers; where it differs (connect and commit to more than one worker),
     ``bodies`` holds one for each place instead.  ``engine`` is what the agent numbers the engine
-    by: it becomes part of the worker's place.
+    by: it becomes part of the worker's place.  ``turn``: of rollback and reload, what the engine's
+    server last answered; it passes them on only if no pause or resume was heard since.
     """
 
     call_id: Id
@@ -321,6 +322,7 @@ class WorkerCommand(Message):
     engine: Annotated[int, Field(ge=0)] = 0
     body: Packed = ""
     bodies: dict[str, Packed] = {}
+    turn: str | None = None
 
     def body_for(self, place: str) -> Packed:
         """The packed body that the worker at ``place`` is meant to read."""

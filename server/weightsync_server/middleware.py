@@ -171,14 +171,17 @@ class WeightsyncMiddleware:
         Raises:
             StateError: It was sent before the last one was heard.
         """
+        self._check_turn(asked)
+        self._turns += 1
+        return self._turn
+
+    def _check_turn(self, asked: str | None) -> None:
         # Another server process of this engine counts for itself; it cannot be compared with.
         if asked is not None and asked.startswith(self._instance) and asked != self._turn:
             raise StateError(
                 "the engine was paused or resumed after this was sent",
                 hint="ask is_paused, and decide again",
             )
-        self._turns += 1
-        return self._turn
 
     async def _reset_prefix_cache(self, _request: Request, client: Any) -> dict[str, Any]:
         await _within(compat.reset_caches(client), CALL_TIMEOUT_S, "reset_prefix_cache")
@@ -187,6 +190,8 @@ class WeightsyncMiddleware:
     async def _rpc(self, request: Request, client: Any) -> dict[str, Any]:
         raw = await _body(request)
         command = await asyncio.to_thread(_parsed, WorkerCommand, raw)
+        # a rollback or reload changes live weights: heard late, the engine may run again (WS-1)
+        self._check_turn(command.turn)
         await _within(
             compat.call_workers(client, raw.decode(), command.timeout_s),
             command.timeout_s,

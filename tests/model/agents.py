@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
-from tests.model.engines import carry_out
-from tests.model.records import Agent, Call, Command, World, set_agent, set_engine, shadowed
+from tests.model.engines import breaks_off, carry_out
+from tests.model.records import Agent, Apart, Call, Command, World, set_agent, set_engine, shadowed
 from tests.model.trainers import answer
 from weightsync.errors import DeadlineError, EngineDetachedError, EngineError, StateError
-from weightsync.state import Effect, step
+from weightsync.state import Effect, check_rollback, step
 from weightsync.state_events import (
     AbortAsked,
     Ask,
@@ -23,6 +23,7 @@ from weightsync.state_events import (
     PauseAsked,
     PrepareAsked,
     ResumeAsked,
+    RollbackAsked,
 )
 from weightsync_server.agent.failures import failed_outcome
 from weightsync_server.agent.work import Work
@@ -66,11 +67,19 @@ def take(w: World, call: Call) -> World | None:
         if key == call.key:
             return answer(w, call, ok=ok, epoch=epoch, registration=registration)
     try:
-        state, effects = step(state, event_of(call))
+        if call.name == "rollback":
+            check_rollback(state, call.version)
+            effects: tuple[Effect, ...] = ()
+        else:
+            state, effects = step(state, event_of(call))
     except StateError:
         return answer(w, call, ok=False, refused=True)
     if agent.work is not None:
         return None
+    if call.name == "rollback":
+        # in a push's own pause where there is one
+        holder = call.push if agent.state.owner == call.push else f"rollback of {call.push}"
+        return None if agent.apart is not None else _set_apart(w, call.agent, call, holder)
     agent = agent._replace(state=state)
     if not effects:
         return answer(set_agent(w, call.agent, agent), call, ok=True)
@@ -92,7 +101,73 @@ def ask(w: World, a: int, event: Ask) -> World:
     return set_agent(w, a, agent._replace(state=state, work=work))
 
 
-def perform(w: World, a: int, *, reached: int | None = None, late: bool = False) -> World:
+def by_hand(w: World, a: int) -> World:
+    """A person asks for a rollback."""
+    w = w._replace(rollbacks=w.rollbacks - 1)
+    try:
+        check_rollback(w.agents[a].state, None)
+    except StateError:
+        return w
+    return _set_apart(w, a, None, f"rollback {w.rollbacks}")
+
+
+def _set_apart(w: World, a: int, call: Call | None, holder: str) -> World:
+    left = (PauseAsked(holder), RollbackAsked(holder), ResumeAsked(holder))
+    return set_agent(w, a, w.agents[a]._replace(apart=Apart(call, holder, left)))
+
+
+def go_on(w: World, a: int) -> World:
+    """The next step of a rollback, as another call between which others may be heard."""
+    agent = w.agents[a]
+    assert agent.apart is not None
+    event, *left = agent.apart.left
+    apart = agent.apart._replace(left=tuple(left), busy=True)
+    try:
+        state, effects = step(agent.state, event)
+    except StateError:
+        return _stepped(set_agent(w, a, agent._replace(apart=apart)), a, event, failed=True)
+    synced = (replace(state, owner=apart.holder), agent.known)
+    pauses = Effect.PAUSE in effects
+    agent = agent._replace(state=state, apart=apart, synced=synced if pauses else agent.synced)
+    if not effects:
+        return _stepped(set_agent(w, a, agent), a, event, failed=False)
+    return set_agent(w, a, agent._replace(work=(None, event, effects, False)))
+
+
+def _stepped(w: World, a: int, event: Ask, *, failed: bool) -> World:
+    """A step of a rollback is over."""
+    agent = w.agents[a]
+    assert agent.apart is not None
+    apart = agent.apart._replace(busy=False)
+    if failed and isinstance(event, RollbackAsked):
+        # if it was refused, nothing has resumed the engine yet
+        apart = apart._replace(left=(AbortAsked(apart.holder),), failed=True)
+    elif failed or not apart.left:
+        ok, call = not (failed or apart.failed), apart.call
+        if call is not None and ok:
+            done = (call.key, True, agent.state.epoch, 0)
+            agent = agent._replace(answered=agent.answered | {done})
+        w = set_agent(w, a, agent._replace(apart=None))
+        return w if call is None else answer(w, call, ok=ok)
+    return set_agent(w, a, agent._replace(apart=apart))
+
+
+def perform_half(w: World, a: int) -> World | None:
+    """A commit whose first worker breaks off in its exchange; None: it has none, or is refused."""
+    agent, engine = w.agents[a], w.engines[a]
+    assert agent.work is not None
+    _, event, (effect, *_), _ = agent.work
+    half = breaks_off(engine.workers[0], Command(a, 0, effect, event, agent.state.epoch))
+    if half is None or engine.instance != agent.known:
+        return None
+    after = perform(w, a, failing=True)
+    workers = (half, *after.engines[a].workers[1:])
+    return set_engine(after, a, after.engines[a]._replace(workers=workers))
+
+
+def perform(
+    w: World, a: int, *, reached: int | None = None, late: bool = False, failing: bool = False
+) -> World:
     """The agent's next effect.
 
     Args:
@@ -100,6 +175,7 @@ def perform(w: World, a: int, *, reached: int | None = None, late: bool = False)
         a: The agent.
         reached: So many workers carry it out, and no answer comes; None: all, and it does.
         late: The engine hears it later.
+        failing: A worker answers with an error.
     """
     agent, engine = w.agents[a], w.engines[a]
     assert agent.work is not None
@@ -115,7 +191,8 @@ def perform(w: World, a: int, *, reached: int | None = None, late: bool = False)
             engine = engine._replace(turn=engine.turn + 1)
             agent = agent._replace(turn=engine.turn)
         turn = agent.turn or 0
-        command = Command(a, engine.instance, effect, event, agent.state.epoch, turn)
+        to = agent.state.rollback_to
+        command = Command(a, engine.instance, effect, event, agent.state.epoch, turn, to)
         over = agent.state.target is not None or agent.state.session is None
         if effect is Effect.ATTACH and over and reached != 0:
             # a command of a push that broke off must find its epoch over
@@ -123,6 +200,7 @@ def perform(w: World, a: int, *, reached: int | None = None, late: bool = False)
         if late:
             w = w._replace(late=w.late | {command})
         after, outcome = carry_out(engine, command, reached)
+        outcome = None if failing else outcome
         w = set_engine(w, a, after)
         if effect in (Effect.PAUSE, Effect.RESUME, Effect.ATTACH):
             heard = reached is None and outcome is not None
@@ -134,7 +212,7 @@ def perform(w: World, a: int, *, reached: int | None = None, late: bool = False)
         elif isinstance(outcome, Attached):
             outcome = Attached(
                 outcome.versions, outcome.dirty, outcome.paused, outcome.epoch,
-                same=known == engine.instance,
+                known == engine.instance, outcome.rollback_to, outcome.rolled_back_from,
             )  # fmt: skip
             known = engine.instance
     state = agent.state
@@ -159,6 +237,8 @@ def perform(w: World, a: int, *, reached: int | None = None, late: bool = False)
         answered.add((call.key, not failed, state.epoch, registration))
         agent = agent._replace(answered=frozenset(answered))
     w = set_agent(w, a, agent)
+    if agent.apart is not None and agent.apart.busy:
+        return _stepped(w, a, event, failed=failed)
     if call is None:
         return w
     return answer(w, call, ok=not failed, epoch=state.epoch, registration=registration)
@@ -167,15 +247,21 @@ def perform(w: World, a: int, *, reached: int | None = None, late: bool = False)
 def lose(w: World, a: int) -> World:
     agent = w.agents[a]
     state = step(agent.state, EngineLost()).state
-    call = None if agent.work is None else agent.work[0]
-    w = set_agent(w, a, agent._replace(state=state, work=None))
-    return w if call is None else answer(w, call, ok=False)
+    w = set_agent(w, a, agent._replace(state=state, work=None, apart=None))
+    return _all_failed(w, agent)
+
+
+def _all_failed(w: World, agent: Agent) -> World:
+    """Whoever waits for it hears that it failed."""
+    of = [None if agent.work is None else agent.work[0], agent.apart and agent.apart.call]
+    for call in of:
+        w = w if call is None else answer(w, call, ok=False)
+    return w
 
 
 def drop(w: World, a: int, keeps: str) -> World:
     """The agent dies; what its successor finds: ``all``, what was ``synced``, ``nothing``."""
     old = w.agents[a]
-    call = None if old.work is None else old.work[0]
     dead = Agent(up=False, forgot=old.forgot)
     if keeps == "all":
         # the answers to a rendezvous are not among what is kept
@@ -188,8 +274,7 @@ def drop(w: World, a: int, keeps: str) -> World:
         dead = dead._replace(state=state, known=known, synced=old.synced)
     else:
         dead = dead._replace(forgot=True)
-    w = set_agent(w, a, dead)
-    return w if call is None else answer(w, call, ok=False)
+    return _all_failed(set_agent(w, a, dead), old)
 
 
 def recall(w: World, a: int) -> World:

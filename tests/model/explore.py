@@ -92,8 +92,14 @@ def what_went_wrong(before: World, after: World) -> str:
         if old.instance != new.instance or not (old.up and new.up):
             continue
         for was, now in zip(old.workers, new.workers, strict=True):
+            if now.given_up > was.given_up:
+                if was.kept is None or (now.version, now.memory) != was.kept:
+                    return f"a worker of engine {a} rolled back to what it never served"
+                continue
             if now.version < was.version:
                 return f"a worker of engine {a} went back to version {now.version}"
+            if was.version < now.version <= now.given_up:
+                return f"a worker of engine {a} has version {now.version} again, which was given up"
             if now.version == was.version and now.dirty < was.dirty:
                 return f"a worker of engine {a} calls itself whole without a commit"
     return ""
@@ -105,15 +111,19 @@ def heal(w: World) -> tuple[int, bool]:
     Everybody who was pushing is gone, with whatever they had sent.
     """
     agents = tuple(
-        agent if agent.work is None else agent._replace(work=(None, *agent.work[1:]))
+        agent._replace(
+            work=agent.work and (None, *agent.work[1:]),
+            apart=agent.apart and agent.apart._replace(call=None),
+        )
         for agent in w.agents
     )
-    w = World((Trainer("z", tries=1),), agents, w.engines, fenced=w.fenced)
+    ranks = len(w.engines[0].workers[0].memory)
+    w = World((Trainer("z", tries=1, ranks=ranks),), agents, w.engines, fenced=w.fenced)
     by_hand = False
     for steps in range(1, WITHIN + 1):
         trainer = w.trainers[0]
         if trainer.done:
-            served = {(e.paused, e.whole, e.workers[0].memory) for e in w.engines}
+            served = {(e.paused, e.whole, e.workers[0].memory[0]) for e in w.engines}
             return (steps if served == {(False, True, trainer.push)} else WITHIN + 1), by_hand
         before = w
         if trainer.tries and (a := _restless(w)) is not None:
@@ -142,7 +152,8 @@ def _push_on(w: World) -> World:
 def _restless(w: World) -> int | None:
     """An agent that is still busy with what was before."""
     for a, (agent, engine) in enumerate(zip(w.agents, w.engines, strict=True)):
-        there = agent.up and engine.up and agent.known == engine.instance and agent.work is None
+        idle = agent.work is None and agent.apart is None
+        there = agent.up and engine.up and agent.known == engine.instance and idle
         if (
             not there
             or agent.state.owner is not None

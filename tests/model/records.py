@@ -14,22 +14,29 @@ UNTOUCHED, PAUSING, BEGINNING, COMMITTING, COMMITTED, RESUMED = range(6)
 class Worker(NamedTuple):
     """One worker.
 
-    ``memory``: the push whose bytes lie there, "" for those of the checkpoint; ``beside``: whose
-    lie in the shadow of an epoch of shadow mode, None outside of one; ``registration``: of the
-    open epoch, never used twice.
+    ``memory``: for each rank's part, the push whose bytes lie there, "" for those of the
+    checkpoint; ``beside``: whose lie in the shadow, None: there is none; ``shadowed``: writes of
+    the open epoch land there; ``registration``: of that epoch, never used twice; ``told``: version
+    and rank.  ``kept``: the version before and what served then, as a rollback must bring it back;
+    ``halves``: memory and shadow before an exchange that broke off.
     """
 
-    memory: str = ""
+    memory: tuple[str, ...] = ("",)
     version: int = 0
     dirty: bool = False
     epoch: int = 0
     registration: int = 0
-    beside: str | None = None
+    beside: tuple[str, ...] | None = None
+    shadowed: bool = False
     prepared: bool = False
     peer: str = ""
     push: tuple[str, int] | None = None
     begun: int = 0
-    told: frozenset[int] = frozenset()
+    told: frozenset[tuple[int, int]] = frozenset()
+    kept: tuple[int, tuple[str, ...]] | None = None
+    halves: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+    newest: int = 0
+    given_up: int = 0
 
 
 class Engine(NamedTuple):
@@ -42,7 +49,7 @@ class Engine(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        return len({(w.memory, w.version) for w in self.workers}) == 1
+        return len({(part, w.version) for w in self.workers for part in w.memory}) == 1
 
 
 class Call(NamedTuple):
@@ -63,7 +70,8 @@ class Call(NamedTuple):
 class Command(NamedTuple):
     """What an agent asks its engine.
 
-    ``instance``: of the process that was asked; ``turn``: of a pause or resume, which one it is.
+    ``instance``: of the process that was asked; ``turn``: of a pause or resume, which one it is;
+    ``to``: of a rollback.
     """
 
     agent: int
@@ -72,16 +80,28 @@ class Command(NamedTuple):
     event: Ask
     epoch: int
     turn: int = 0
+    to: int | None = None
 
 
 class Write(NamedTuple):
     trainer: int
     agent: int
     worker: int
+    rank: int
     instance: int
     registration: int
     push: str
     version: int
+
+
+class Apart(NamedTuple):
+    """A rollback that an agent is in the middle of: a pause, the rollback, a resume."""
+
+    call: Call | None
+    holder: str
+    left: tuple[Ask, ...]
+    busy: bool = False
+    failed: bool = False
 
 
 class Agent(NamedTuple):
@@ -95,6 +115,7 @@ class Agent(NamedTuple):
     known: int = 0
     turn: int | None = None
     work: tuple[Call | None, Ask, tuple[Effect, ...], bool] | None = None
+    apart: Apart | None = None
     answered: frozenset[tuple[tuple[str, str], bool, int, int]] = frozenset()
     synced: tuple[AgentState, int] = (AgentState(), 0)
     forgot: bool = False
@@ -106,6 +127,7 @@ class Trainer(NamedTuple):
     name: str
     tries: int
     mode: str = "direct"
+    ranks: int = 1
     phase: str = "idle"
     push: str = ""
     version: int = 0
@@ -120,7 +142,7 @@ class Trainer(NamedTuple):
 
 
 class World(NamedTuple):
-    """``faults``: how many more may happen."""
+    """``faults``: how many more may happen; ``rollbacks``: how many a person may still ask for."""
 
     trainers: tuple[Trainer, ...]
     agents: tuple[Agent, ...]
@@ -129,6 +151,7 @@ class World(NamedTuple):
     late: frozenset[Command] = frozenset()
     writes: frozenset[Write] = frozenset()
     faults: int = 0
+    rollbacks: int = 0
     fenced: bool = True
     ordered: bool = True
 
@@ -141,15 +164,18 @@ def new_world(
     tries: int = 1,
     faults: int = 1,
     mode: str = "direct",
+    ranks: int = 1,
+    rollbacks: int = 0,
     fenced: bool = True,
     ordered: bool = True,
 ) -> World:
     """Engines that serve their checkpoints, agents that have not met them, trainers that wait."""
     return World(
-        tuple(Trainer("ab"[t], tries, mode) for t in range(trainers)),
+        tuple(Trainer("ab"[t], tries, mode, ranks) for t in range(trainers)),
         tuple(Agent() for _ in range(agents)),
-        tuple(Engine(tuple(Worker() for _ in range(workers))) for _ in range(agents)),
+        tuple(Engine((Worker(("",) * ranks),) * workers) for _ in range(agents)),
         faults=faults,
+        rollbacks=rollbacks,
         fenced=fenced,
         ordered=ordered,
     )

@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from tests.model import agents
+from tests.model import agents, engines, world
 from tests.model.explore import WITHIN, Explored, explore, heal, what_is_wrong, what_went_wrong
 from tests.model.records import World, new_world
 from tests.model.world import successors
@@ -32,6 +32,8 @@ def assert_nothing_wrong(found: Explored) -> None:
         ({"faults": 1, "trainers": 2}, 2),
         ({"faults": 1, "agents": 2, "workers": 1}, 1),
         ({"faults": 1, "mode": "shadow"}, 1),
+        ({"faults": 1, "mode": "shadow", "rollbacks": 1}, 1),
+        ({"faults": 1, "ranks": 2}, 1),
         *(
             pytest.param(bounds, pushes, marks=[pytest.mark.slow, pytest.mark.timeout(900)])
             for bounds, pushes in [
@@ -41,6 +43,13 @@ def assert_nothing_wrong(found: Explored) -> None:
                 ({"faults": 2, "agents": 2, "workers": 1}, 1),
                 ({"faults": 2, "mode": "shadow"}, 1),
                 ({"faults": 1, "trainers": 2, "mode": "shadow"}, 2),
+                ({"faults": 1, "mode": "shadow", "rollbacks": 1, "tries": 2}, 2),
+                ({"faults": 2, "mode": "shadow", "rollbacks": 1}, 1),
+                # policy all: who has committed goes back when another cannot
+                ({"faults": 1, "mode": "shadow", "agents": 2, "workers": 1}, 1),
+                ({"faults": 2, "ranks": 2}, 1),
+                ({"faults": 1, "ranks": 2, "trainers": 2, "workers": 1}, 2),
+                ({"faults": 1, "ranks": 2, "mode": "shadow", "rollbacks": 1, "workers": 1}, 1),
             ]
         ),
     ],
@@ -69,6 +78,31 @@ def test_a_resume_that_the_engine_hears_in_a_later_push_is_noticed() -> None:
     found = explore(new_world(tries=2, ordered=False))
     assert found.wrong == "engine 0 serves while it is torn"
     assert found.way[-1] == "agent 0's late resume is heard"
+
+
+def test_a_rollback_that_the_engine_hears_when_it_runs_again_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engines, "IN_TURN", engines.IN_TURN - {Effect.ROLLBACK})
+    found = explore(new_world(workers=1, faults=2, mode="shadow", rollbacks=1))
+    assert found.wrong == "agent 0 tells another version than engine 0 has"
+    assert found.way[-1] == "agent 0's late rollback is heard"
+
+
+def test_a_commit_before_every_rank_has_written_is_refused_and_would_be_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def hasty(worker, epoch, push, version):
+        begun = worker.epoch == epoch and worker.push == (push, version)
+        return begun and any(told == version for told, _ in worker.told)
+
+    def early(w, write):  # all but the trainer that heals
+        return w.trainers[0].name != "z" or not w.writes
+
+    monkeypatch.setattr(world, "all_written", early)
+    assert_nothing_wrong(explore(new_world(workers=1, ranks=2)))
+    monkeypatch.setattr(engines, "_arrived", hasty)
+    assert explore(new_world(workers=1, ranks=2)).wrong == "engine 0 serves while it is torn"
 
 
 def test_an_agent_that_resumes_after_an_abort_whatever_the_workers_say_is_noticed(
@@ -105,11 +139,13 @@ class ManyFaults(RuleBasedStateMachine):
         agents=st.integers(1, 2),
         workers=st.integers(1, 2),
         mode=st.sampled_from(["direct", "shadow"]),
+        ranks=st.integers(1, 2),
     )
-    def begin(self, agents: int, workers: int, mode: str) -> None:
+    def begin(self, agents: int, workers: int, mode: str, ranks: int) -> None:
         self.world = new_world(
-            trainers=2, agents=agents, workers=workers, tries=3, faults=12, mode=mode
-        )
+            trainers=2, agents=agents, workers=workers, ranks=ranks, tries=3, faults=12,
+            mode=mode, rollbacks=3,
+        )  # fmt: skip
 
     @rule(data=st.data())
     def anything_happens(self, data: st.DataObject) -> None:

@@ -29,7 +29,8 @@ def start(w: World, t: int) -> World:
         s.connected and (s.session, s.epoch) == (trainer.session, epoch)
         for s, epoch in zip(states, trainer.epochs, strict=True)
     )
-    version = 1 + max(trainer.last, *(max(s.version, s.committed, s.target or 0) for s in states))
+    known = (max(s.version, s.committed, s.target or 0, s.rolled_back_from) for s in states)
+    version = 1 + max(trainer.last, *known)
     # a torn engine is repaired in the order of a direct push
     shadow = trainer.mode == "shadow" and all(s.phase == "ready" for s in states)
     holds = holds and shadow == shadowed(trainer.session)
@@ -90,6 +91,8 @@ def answer(
     if not waited or trainer.phase not in (call.name, "abort"):
         return w
     a = call.agent
+    if refused and call.name == "rollback":  # nothing to go back to: what it has is whole
+        return w._replace(calls=w.calls | {_made(trainer, call.trainer, "resume", a)})
     stages = list(trainer.stages)
     if refused and call.name == "pause" and stages[a] == PAUSING:
         stages[a] = UNTOUCHED
@@ -131,11 +134,19 @@ def _go_on(w: World, t: int) -> World:
 def _post(w: World, t: int) -> World:
     trainer = w.trainers[t]
     made = {
-        Write(t, a, k, engine.instance, trainer.registrations[a], trainer.push, trainer.version)
+        Write(t, a, k, r, engine.instance, trainer.registrations[a], trainer.push, trainer.version)
         for a, engine in enumerate(w.engines)
         for k in range(len(engine.workers))
+        for r in range(trainer.ranks)
     }
     return set_trainer(w, t, trainer._replace(phase="write"))._replace(writes=w.writes | made)
+
+
+def rank_fails(w: World, t: int, rank: int) -> World:
+    """One rank ends before it has written; the others hear of it, wherever they are (WS-5)."""
+    push = w.trainers[t].push
+    gone = {x for x in w.writes if (x.push, x.rank) == (push, rank)}
+    return abort(w._replace(writes=w.writes - gone), t)
 
 
 def abort(w: World, t: int) -> World:
@@ -145,7 +156,8 @@ def abort(w: World, t: int) -> World:
         if PAUSING <= stage <= COMMITTING:
             made.add(_made(trainer, t, "abort", a))
         elif stage == COMMITTED:
-            made.add(_made(trainer, t, "resume", a))
+            back = "rollback" if shadowed(trainer.session) else "resume"
+            made.add(_made(trainer, t, back, a))
     if not made:
         return set_trainer(w, t, _idle(trainer))
     waits = frozenset(call.agent for call in made)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tests.model.agents import ask, drop, lose, perform, recall, take
+from tests.model.agents import ask, by_hand, drop, go_on, lose, perform, perform_half, recall, take
 from tests.model.engines import carry_out
 from tests.model.records import (
     Call,
@@ -26,7 +26,8 @@ from tests.model.records import (
     set_engine,
     set_trainer,
 )
-from tests.model.trainers import abort, answer, start, written
+from tests.model.trainers import abort, answer, rank_fails, start, written
+from weightsync.state import Effect
 from weightsync.state_events import AbortAsked, AttachAsked
 
 
@@ -41,6 +42,9 @@ def successors(w: World) -> Iterator[tuple[str, World]]:
         yield f"{write.push}'s write to worker {write.worker} lands", land(w, write)
     for command in w.late:
         yield f"agent {command.agent}'s late {command.effect.value} is heard", _hear(w, command)
+    for a, agent in enumerate(w.agents):
+        if w.rollbacks and agent.up and agent.work is None and agent.apart is None:
+            yield f"a person asks agent {a} for a rollback", by_hand(w, a)
     if w.faults:
         hurt = w._replace(faults=w.faults - 1)
         for name, after in _faults(hurt):
@@ -71,16 +75,19 @@ def unasked(w: World, a: int) -> Iterator[tuple[str, World]]:
     if agent.work is not None:
         yield f"agent {a}: {agent.work[2][0].value}", perform(w, a)
         return
+    if agent.apart is not None:
+        yield f"agent {a} goes on with {agent.apart.holder}", go_on(w, a)
     state = agent.state
     if state.phase == "detached":
         if engine.up:
             yield f"agent {a} attaches", ask(w, a, AttachAsked())
     elif not engine.up or engine.instance != agent.known:
         yield f"agent {a} notices", lose(w, a)
-    elif state.owner is not None and not _lives(w, state.owner):
+    elif state.owner is not None and not _lives(w, a, state.owner):
         yield f"agent {a} gives {state.owner} up", ask(w, a, AbortAsked(state.owner))
     if not engine.up:
-        restarted = Engine(tuple(Worker() for _ in engine.workers), instance=engine.instance + 1)
+        fresh = Worker(("",) * len(engine.workers[0].memory))
+        restarted = Engine((fresh,) * len(engine.workers), instance=engine.instance + 1)
         yield f"engine {a} starts again", set_engine(w, a, restarted)
 
 
@@ -91,6 +98,8 @@ def _faults(w: World) -> Iterator[tuple[str, World]]:
             yield f"trainer {t} dies", set_trainer(w, t, dead)
         if trainer.phase == "write":
             yield f"trainer {t} waits no longer for its writes", abort(w, t)
+            for rank in range(trainer.ranks) if trainer.ranks > 1 else ():
+                yield f"rank {rank} of trainer {t} fails", rank_fails(w, t, rank)
     for call in w.calls:
         yield f"{call.name} is lost", answer(heard(w, call), call, ok=False)
         if call.agent in w.trainers[call.trainer].waits:
@@ -104,7 +113,7 @@ def _faults(w: World) -> Iterator[tuple[str, World]]:
             if agent.state.phase != "detached":
                 yield f"agent {a} thinks its engine is gone", lose(w, a)
             owner = agent.state.owner
-            if agent.work is None and owner is not None and _lives(w, owner):
+            if agent.work is None and owner is not None and _lives(w, a, owner):
                 yield f"agent {a} gives {owner} up too early", ask(w, a, AbortAsked(owner))
         if engine.up:
             yield f"engine {a} dies", set_engine(w, a, engine._replace(up=False))
@@ -113,12 +122,17 @@ def _faults(w: World) -> Iterator[tuple[str, World]]:
             for reached in range(len(engine.workers) + 1):
                 yield f"{what} reaches {reached}, no answer", perform(w, a, reached=reached)
             yield f"{what} is late", perform(w, a, reached=0, late=True)
+            if agent.work[2][0] is Effect.COMMIT and (after := perform_half(w, a)) is not None:
+                yield f"{what} breaks off in one worker", after
 
 
-def _lives(w: World, push: str) -> bool:
-    """Whether anybody may still ask something for this push."""
-    return any(t.push == push and t.phase not in ("idle", "dead") for t in w.trainers) or any(
-        c.push == push for c in w.calls
+def _lives(w: World, a: int, push: str) -> bool:
+    """Whether anybody may still ask agent ``a`` something for this push."""
+    apart = w.agents[a].apart
+    return (
+        any(t.push == push and t.phase not in ("idle", "dead") for t in w.trainers)
+        or any(c.push == push for c in w.calls)
+        or (apart is not None and apart.holder == push)
     )
 
 
@@ -133,20 +147,29 @@ def land(w: World, write: Write) -> World:
     waits = trainer.phase == "write" and trainer.push == write.push
     if not there or (w.fenced and not open_):
         return abort(w, write.trainer) if waits else w
-    told = worker.told | {write.version} if open_ else worker.told
-    if worker.beside is None:
-        worker = worker._replace(memory=write.push, told=told)
+    told = worker.told | {(write.version, write.rank)} if open_ else worker.told
+    if worker.shadowed and worker.beside is not None:
+        worker = worker._replace(beside=_part(worker.beside, write), told=told)
     else:
-        worker = worker._replace(beside=write.push, told=told)
+        worker = worker._replace(memory=_part(worker.memory, write), told=told)
     workers = (
         *engine.workers[: write.worker],
         worker,
         *engine.workers[write.worker + 1 :],
     )
     w = set_engine(w, write.agent, engine._replace(workers=workers))
-    if waits and not any(other.push == write.push for other in w.writes):
+    if waits and all_written(w, write):
         return written(w, write.trainer)
     return w
+
+
+def all_written(w: World, write: Write) -> bool:
+    """Whether this was the last write of all ranks of its push."""
+    return not any(other.push == write.push for other in w.writes)
+
+
+def _part(memory: tuple[str, ...], write: Write) -> tuple[str, ...]:
+    return (*memory[: write.rank], write.push, *memory[write.rank + 1 :])
 
 
 def _hear(w: World, command: Command) -> World:

@@ -46,6 +46,9 @@ Op = Literal[
     "verify",
 ]
 
+#: what changes live weights without an epoch whose end could void it
+_IN_PAUSE: frozenset[Op] = frozenset({"rollback", "reload"})
+
 #: what the answer on the way back may take longer than the engine was given
 _MARGIN_S = 2.0
 #: how long answers may follow the engine's word that every worker has returned
@@ -212,6 +215,8 @@ class EngineClient:
     async def _call(
         self, op: Op, timeout_s: float, body: object, bodies: Mapping[str, object] | None
     ) -> PendingCall:
+        if op in _IN_PAUSE and self._turn is None:
+            raise StateError(f"{op}: it is not known if the engine stands still", hint="ask again")
         call_id = uuid.uuid4().hex
         pending = self._replies.open(call_id, self.workers)
         try:
@@ -286,6 +291,7 @@ class EngineClient:
                 engine=self.number,
                 body="" if body is None else pack(body),
                 bodies={place: pack(b) for place, b in (bodies or {}).items()},
+                turn=self._turn if op in _IN_PAUSE else None,
             )
             .model_dump_json()
             .encode()

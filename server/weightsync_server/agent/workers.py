@@ -99,10 +99,11 @@ class Workers:
                 about to describe (WS-8).
         """
         infos = await self._engines.info(timeout_s)
+        # first: it voids rollbacks and reloads that are still on their way
+        paused = await self._engines.agree_on_pause(timeout_s)
         if epoch_over:
             await self.close(timeout_s=timeout_s)
         answers = await self.describe(timeout_s)
-        paused = await self._engines.agree_on_pause(timeout_s)
         same = {a.place: a.instance for a in answers} == self.instances
         dirty = any(a.body.dirty for a in answers)
         known = {w.place: w for w in self.status} if same else {}
