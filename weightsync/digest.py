@@ -19,6 +19,7 @@ any device), numpy's sums of rows and columns on the CPU (``digest_cpu``), a Tri
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -30,6 +31,7 @@ from weightsync.errors import InputError
 DIGEST_NBYTES = 16
 _WORD_NBYTES = 8
 _CHUNK_WORDS = 1 << 20
+_REST_S = 50e-6
 #: elements that a check turns into wider ones at a time
 _CHUNK_ELEMS = 1 << 22
 
@@ -102,6 +104,7 @@ def scan(
 
         if dtypes is None or all(map(digest_triton.knows, dtypes)):
             sums, full = digest_triton.scan(pieces, dtypes)
+            _rest_until_done(device)
             return _packed(sums), not full.item()
     flags = [
         all_finite(p.view(dtype))
@@ -110,6 +113,14 @@ def scan(
     ]
     sums = torch.stack([digest_sums(p) for p in pieces])
     return _packed(sums), bool(torch.stack(flags).all()) if flags else True
+
+
+def _rest_until_done(device: torch.device) -> None:
+    """CUDA's own wait keeps a core busy, which a trainer has other use for."""
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(device))
+    while not done.query():
+        time.sleep(_REST_S)
 
 
 def _packed(sums: torch.Tensor) -> list[bytes]:

@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 
 from weightsync.layout import MemoryKind
-from weightsync.lending import LEND_NBYTES, Lendable, Place
+from weightsync.lending import Lendable, Place
 from weightsync.manifest import Manifest
 from weightsync.plan import TransportPlan
 from weightsync.transport.base import LocalMemory
@@ -36,18 +36,12 @@ class Lending:
 
     Attributes:
         least_nbytes: Bytes that must lie side by side here and at the destination; 0: nothing is
-            lent; None: what was measured to be best.
+            lent.
         without: Names of tensors that are not lent: their memory changed before.
     """
 
-    least_nbytes: int | None
+    least_nbytes: int
     without: frozenset[str] = frozenset()
-
-    def least_on(self, device: torch.device) -> int:
-        """``least_nbytes`` for slots on a device."""
-        if self.least_nbytes is None:
-            return LEND_NBYTES if device.type == "cpu" else 0
-        return self.least_nbytes
 
 
 LEND_NOTHING = Lending(0)

@@ -32,7 +32,7 @@ class PushSettings:
     ignore: tuple[str, ...]
     max_slot_nbytes: int | None
     coalesce_nbytes: int
-    lend_nbytes: int | None
+    lend_nbytes: int
     progress: Progress
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from weightsync.errors import InputError, NoSessionError, PushInProgressError, StaleEpochError
+from weightsync.lending import LEND_NBYTES
 from weightsync.plan import COALESCE_NBYTES
 from weightsync.protocol import PauseMode, PushMode
 from weightsync.slab import ALIGN_NBYTES
@@ -89,9 +90,9 @@ class Publisher:
             what it has.
         zero_copy_bytes: Weights of which at least so many bytes lie side by side, here and in an
             engine's memory, in the engine's dtype, are written from where they are: they take no
-            slots and no copy.  0: all are copied; None: 1 MiB for weights in host memory, and
-            copies on a GPU.  What is written so stays allocated until the next rendezvous, and is
-            copied from then on if the trainer puts it elsewhere between two pushes.
+            slots and no copy.  0: all are copied; None: 1 MiB.  What is written so stays allocated
+            until the next rendezvous, and is copied from then on if the trainer puts it elsewhere
+            between two pushes.
         conversion: What the weights go through to be checkpoint tensors: a
             :class:`weightsync_client.conversion.ConversionSpec`, the name of one that is
             registered, None: nothing, or ``auto``: for a module what is registered for its class,
@@ -178,7 +179,7 @@ class Publisher:
             ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
             max_slot_nbytes=max_slot_bytes,
             coalesce_nbytes=coalesce_bytes,
-            lend_nbytes=zero_copy_bytes,
+            lend_nbytes=LEND_NBYTES if zero_copy_bytes is None else zero_copy_bytes,
             progress=make_progress(progress if ranks.rank == 0 else "off"),
         )
         self._quantization = quantization
@@ -334,7 +335,8 @@ def make_nixl() -> Transport:
 
     gpu = cuda_address(torch.device("cuda"))
     # A trainer only writes, and makes progress while it waits: no thread runs beside its training.
-    return CudaIpcTransport(NixlTransport("trainer", progress_thread=False, gpu=gpu))
+    carrier = NixlTransport("trainer", progress_thread=False, gpu=gpu)
+    return CudaIpcTransport(carrier, exports=False)
 
 
 def make_ucxx() -> Transport:

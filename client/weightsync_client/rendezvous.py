@@ -303,7 +303,7 @@ def _plan(
             staged_only=staged_only,
         )
 
-    least_nbytes = lending.least_on(device)
+    least_nbytes = lending.least_nbytes
     source = pushed.source if least_nbytes else None
     loan = Loan(source, manifest, device, without=lending.without)
     plan = job.plan(

@@ -37,7 +37,7 @@ def test_every_case_is_measured_and_written_into_the_folder(tmp_path: Path) -> N
     assert said["failed"] == {"vllm_nccl": "NCCL needs a GPU for each process"}
     pushes = {"push", "expandable_push", "moe_push", "cpu_trainer_cpu_thread"}
     pushes |= {"shadow_push", "shadow_paused", "shadow_prepare"}
-    pushes |= {"fp8_push", "fp8_local_copy", "split_push", "zero_copy_push"}
+    pushes |= {"fp8_push", "fp8_local_copy", "split_push", "slots_push"}
     assert pushes | {"raw_nixl_write", "gloo_broadcast"} <= said["seconds"].keys()
     assert all(len(series["values"]) == 2 for series in said["seconds"].values())
     assert said["ratios"]["write_vs_raw_nixl"] > 0

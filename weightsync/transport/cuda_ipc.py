@@ -141,13 +141,21 @@ class CudaIpcTransport(Transport):
 
     Args:
         carrier: Owned; it has the name.
+        exports: Whether others may map what it registers.
         environ: For tests.
     """
 
-    def __init__(self, carrier: Transport, *, environ: Mapping[str, str] = os.environ) -> None:
+    def __init__(
+        self,
+        carrier: Transport,
+        *,
+        exports: bool = True,
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
         self.name = carrier.name
         self._carrier = carrier
         self._off = environ.get(SWITCH) == "0"
+        self._exports = exports and not self._off
         self._lock = threading.RLock()
         self._exported: set[_Registration] = set()
         self._offers: dict[str, _Offer] = {}
@@ -175,7 +183,7 @@ class CudaIpcTransport(Transport):
         near = neighbourhood()
         with self._lock:
             memory = [one for each in self._exported for one in each.memory]
-        if self._off or near is None or not (allocations := _export(memory)):
+        if not self._exports or near is None or not (allocations := _export(memory)):
             return carrier
         return _MAGIC + codec.pack(_Offer(carrier, near, _PROCESS, allocations)).encode()
 

@@ -29,7 +29,7 @@ from weightsync_client.demo.processes import Deadline, Processes
 from weightsync_client.demo.stack import engine_environ
 
 CaseName = Literal[
-    "dense", "expandable", "zero_copy", "cpu", "shadow", "moe", "fp8", "split", "vllm_nccl"
+    "dense", "expandable", "slots", "cpu", "shadow", "moe", "fp8", "split", "vllm_nccl"
 ]
 CASES: tuple[CaseName, ...] = get_args(CaseName)
 #: cases that need more GPUs than some machines have: their absence is no failure
@@ -127,7 +127,7 @@ class _Gpu:
             figures.failed["split"] = _FEW
         # All engines load at the same time, before anything is measured.
         engines: dict[str, Engine] = {}
-        if {"dense", "expandable", "zero_copy", "cpu", "shadow"} & {*cases}:
+        if {"dense", "expandable", "slots", "cpu", "shadow"} & {*cases}:
             engines["dense"] = self._engine("dense", dense)
         if "moe" in cases:
             engines["moe"] = self._engine("moe", experts)
@@ -208,10 +208,10 @@ class _Gpu:
             environ = dict.fromkeys(names, setting) if self._cuda else {}
             with self._case("expandable"), self._trainer("expandable", config, environ) as trainer:
                 self._pushes("expandable", trainer, engine)
-        if "zero_copy" in self._options.cases:
-            lent = {"zero_copy_bytes": 1 << 20}
-            with self._case("zero_copy"), self._trainer("lender", config, facts=lent) as trainer:
-                self._pushes("zero_copy", trainer, engine)
+        if "slots" in self._options.cases:
+            copied = {"zero_copy_bytes": 0}
+            with self._case("slots"), self._trainer("slots", config, facts=copied) as trainer:
+                self._pushes("slots", trainer, engine)
         if "cpu" in self._options.cases:
             facts = {"blocking_sync": True}
             with self._case("cpu"), self._trainer("cpu", config, facts=facts) as trainer:
