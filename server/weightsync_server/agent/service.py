@@ -18,26 +18,9 @@ from typing import Any
 
 from weightsync.errors import DeadlineError, EngineDetachedError, EngineError, WeightSyncError
 from weightsync.process import Writer
-from weightsync.protocol import BeginRequest, PauseRequest
 from weightsync.state import AgentState, Effect, step
-from weightsync.state_events import (
-    Attached,
-    BeginAsked,
-    CommitAsked,
-    Committed,
-    ConnectAsked,
-    Connected,
-    EngineLost,
-    Event,
-    InitAsked,
-    Outcome,
-    Paused,
-    Reloaded,
-    Resumed,
-    RolledBack,
-    SessionOpened,
-)
-from weightsync_server.agent.cache_reset import CacheReset
+from weightsync.state_events import Attached, Committed, EngineLost, Event, Outcome, Resumed
+from weightsync_server.agent.effects import Effects
 from weightsync_server.agent.engines import Engines
 from weightsync_server.agent.events import EventHub
 from weightsync_server.agent.failures import failed_outcome, writes
@@ -48,7 +31,7 @@ from weightsync_server.agent.pushes import PushClock, ended_as
 from weightsync_server.agent.session_guard import SessionGuard
 from weightsync_server.agent.status import ErrorStatus
 from weightsync_server.agent.work import Work
-from weightsync_server.agent.workers import ShadowTerms, Workers, common
+from weightsync_server.agent.workers import ShadowTerms, Workers
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +70,9 @@ class Service:
         self.journal = Journal(journal_path, lambda error: self.note("journal", error))
         self.guard = SessionGuard()
         self.fence = Fence()
-        self._engine_timeout_s = engine_timeout_s
-        self._cache_reset = CacheReset(lambda: engines.reset_prefix_cache(engine_timeout_s))
+        self._effects = Effects(
+            engines, self.workers, self.clock, self.fence, clean_up_s=engine_timeout_s
+        )
         self._turn = asyncio.Lock()
         self._holder = ""
         self._touched = time.monotonic()
@@ -281,7 +265,7 @@ class Service:
             self.clock.opened(work.push_id)
         self.clock.starts(effect.value, work.push_id, getattr(work.event, "version", None))
         try:
-            outcome = await self._perform(effect, work)
+            outcome = await self._effects.perform(effect, work, self.state)
         except WeightSyncError as failed:
             error = failed
         except Exception as failed:
@@ -306,84 +290,3 @@ class Service:
         if isinstance(outcome, Resumed):
             self.clock.resumed(work.push_id)
         return outcome, error
-
-    async def _perform(self, effect: Effect, work: Work) -> Outcome | None:
-        event, request, state = work.event, work.request, self.state
-        match effect:
-            case Effect.ATTACH:
-                full, proof = bool(work.extra.get("by_hand")), work.extra.get("proof", "windows")
-                over = state.target is not None or state.session is None
-                return await self.workers.attach(
-                    proof, again=full, timeout_s=work.left_s(), epoch_over=over
-                )
-            case Effect.PAUSE:
-                push_id = work.push_id
-                mode = request.mode if isinstance(request, PauseRequest) else "keep"
-                if push_id is not None:
-                    self.clock.paused(push_id, mode)
-                await self.engines.pause(mode, work.left_s())
-                return Paused(push_id)
-            case Effect.RESUME:
-                await self.engines.resume(self._engine_timeout_s)
-                return Resumed()
-            case Effect.OPEN if isinstance(event, InitAsked):
-                terms = (work.extra[k] for k in ("manifest", "mode"))
-                work.result, before = await self.workers.layout(
-                    state.epoch, event.session, *terms, timeout_s=work.left_s()
-                )
-                return SessionOpened(event.session, state.epoch, before)
-            case Effect.CONNECT if isinstance(event, ConnectAsked):
-                await self.workers.connect(work.extra["bodies"], timeout_s=work.left_s())
-                self.clock.connected(work.extra["traffic"])
-                self.fence.connected(work.extra["writers"])
-                return Connected(event.epoch)
-            case Effect.BEGIN if isinstance(event, BeginAsked):
-                asked = time.monotonic()
-                begun = await self.workers.begin(
-                    event.epoch, event.version, event.push_id,
-                    live=state.phase == "receiving", timeout_s=work.left_s(),
-                )  # fmt: skip
-                for worker in begun:
-                    work.span("begin", asked, worker.at, worker.place)
-                wanted = isinstance(request, BeginRequest) and request.reset_prefix_cache
-                self._cache_reset.begin(wanted=wanted, paused=state.phase == "receiving")
-                return None
-            case Effect.COMMIT if isinstance(event, CommitAsked):
-                if (reset_s := await self._cache_reset.finish(work.left_s())) is not None:
-                    work.seconds["reset_prefix_cache"] = round(reset_s, 6)
-                committed = await self.workers.commit(
-                    work.extra["bodies"], event.version, timeout_s=work.left_s()
-                )
-                work.seconds |= work.parts(committed)
-                over = any(a.body.epoch_over for a in committed)
-                return Committed(event.version, over, common(a.body.rollback_to for a in committed))
-            case Effect.PREPARE:
-                prepared = await self.workers.prepare(work.extra["bodies"], timeout_s=work.left_s())
-                work.seconds |= work.parts(prepared)
-                return None
-            case Effect.ROLLBACK if state.rollback_to is not None:
-                await self._reset_prefix_cache(work)
-                back = await self.workers.rollback(state.rollback_to, timeout_s=work.left_s())
-                work.seconds |= work.parts(back)
-                newest = max(a.body.rolled_back_from for a in back)
-                return RolledBack(state.rollback_to, newest)
-            case Effect.RELOAD:
-                # first, as for a commit: if this fails the workers' word still is the old one
-                await self.engines.reset_prefix_cache(work.left_s())
-                again = await self.workers.reload(timeout_s=work.left_s())
-                work.seconds |= work.parts(again)
-                return Reloaded()
-            case Effect.ABORT:
-                self._cache_reset.drop()
-                return await self.workers.abort(state.owner or "", timeout_s=self._engine_timeout_s)
-            case _:
-                await self.workers.close(timeout_s=self._engine_timeout_s)
-                return None
-
-    async def _reset_prefix_cache(self, work: Work) -> None:
-        if not getattr(work.request, "reset_prefix_cache", False):
-            return
-        started = time.monotonic()
-        await self.engines.reset_prefix_cache(work.left_s())
-        work.seconds["reset_prefix_cache"] = round(time.monotonic() - started, 6)
-        work.span("reset_prefix_cache", started, time.monotonic())
