@@ -37,6 +37,7 @@ from weightsync_server.secret import HEADER, load_secret, same_secret
 PREFIX = "/weightsync/"
 #: bytes of one command; the agent's own limit is lower
 MAX_BODY_NBYTES = 1 << 30
+_SMALL_NBYTES = 64 << 10
 #: seconds that calls without a deadline of their own may take
 CALL_TIMEOUT_S = 60.0
 
@@ -189,7 +190,10 @@ class WeightsyncMiddleware:
 
     async def _rpc(self, request: Request, client: Any) -> dict[str, Any]:
         raw = await _body(request)
-        command = await asyncio.to_thread(_parsed, WorkerCommand, raw)
+        if len(raw) <= _SMALL_NBYTES:  # a thread would cost more
+            command = _parsed(WorkerCommand, raw)
+        else:
+            command = await asyncio.to_thread(_parsed, WorkerCommand, raw)
         # a rollback or reload changes live weights: heard late, the engine may run again (WS-1)
         self._check_turn(command.turn)
         await _within(

@@ -177,6 +177,8 @@ class FakeClient:
         self.hang: set[str] = set()
         self.fail: dict[str, Exception] = {}
         self.silent: set[str] = set()
+        #: ops that never return, though every worker has answered
+        self.linger: set[str] = set()
         #: what fails at the workers of these places only (default: all)
         self.fail_at: set[str] | None = None
 
@@ -219,6 +221,8 @@ class FakeClient:
         command = WorkerCommand.model_validate_json(kwargs["command"])
         await self._called(command.op)
         await asyncio.gather(*(self._answer(w, command) for w in self.workers))
+        if command.op in self.linger:
+            await asyncio.sleep(3600)
         return [None] * len(self.workers)
 
     async def _answer(self, worker: FakeWorker, command: WorkerCommand) -> None:

@@ -79,6 +79,14 @@ async def test_a_worker_that_keeps_silent_is_named_and_tears_the_push(
     assert await agent.ready_code() == 503
 
 
+async def test_a_command_that_all_workers_have_answered_is_not_waited_for(agent, engine, trainer):
+    t = await trainer(agent).rendezvous()
+    engine.client.linger.update({"begin", "commit"})
+    await t.push(1)
+    assert (await agent.status())["state"] == "ready"
+    assert engine.client.ops[-5:] == ["pause", "begin", "reset_prefix_cache", "commit", "resume"]
+
+
 async def test_answers_with_another_secret_or_for_no_call_are_not_taken(agent):
     reply = {"call_id": "c", "place": "engine0/dp0/pp0/tp0/ep0", "instance": "x"}
     async with httpx.AsyncClient(base_url=agent.url, trust_env=False) as http:

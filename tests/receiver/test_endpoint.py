@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -21,6 +22,7 @@ from weightsync.worker_messages import (
     DescribeReply,
 )
 from weightsync_server.receiver.endpoint import WorkerEndpoint
+from weightsync_server.receiver.reply import ReplyLine
 from weightsync_server.secret import HEADER, load_secret
 
 
@@ -106,3 +108,52 @@ def test_an_agent_that_is_gone_does_not_hurt_the_worker(engine, inbox, caplog):
     gone = command(inbox, "describe").replace(inbox.url, "http://127.0.0.1:9/reply")
     endpoint.call(gone)
     assert "could not be delivered" in caplog.text
+
+
+class KeptInbox(Inbox):
+    """Keeps connections, and counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.connections = []
+        connections, handler = self.connections, self.server.RequestHandlerClass
+
+        class Kept(handler):
+            protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                connections.append(self.connection)
+
+            def end_headers(self) -> None:
+                self.send_header("Content-Length", "0")
+                super().end_headers()
+
+        self.server.RequestHandlerClass = Kept
+
+
+def test_answers_go_over_one_connection_and_over_another_where_it_was_closed(monkeypatch):
+    monkeypatch.setenv("WEIGHTSYNC_ENGINE_SECRET", "x" * 40)
+    inbox, line = KeptInbox(), ReplyLine()
+    inbox.server.timeout = 5
+    answers = [WorkerReply(call_id=f"c{k}", place="p", instance="i") for k in range(3)]
+    try:
+        for answer in answers[:2]:
+            line.post(inbox.url, answer)
+        assert len(inbox.connections) == 1
+        inbox.connections[0].shutdown(socket.SHUT_RDWR)  # as an agent that ends what is idle
+        line.post(inbox.url, answers[2])
+        assert [r["call_id"] for r in inbox.replies] == ["c0", "c1", "c2"]
+        assert len(inbox.connections) == 2
+    finally:
+        line.close()
+        inbox.close()
+
+
+def test_an_answer_that_nobody_takes_is_logged_and_no_more(monkeypatch, caplog):
+    monkeypatch.setenv("WEIGHTSYNC_ENGINE_SECRET", "x" * 40)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/internal/reply"
+        ReplyLine().post(url, WorkerReply(call_id="c0", place="p", instance="i"))
+    assert f"the reply to c0 could not be delivered to {url}" in caplog.text

@@ -299,7 +299,10 @@ class Calls:
         async def work(begun: Mark) -> StepResponse:
             return await self._step(event, request, timeout_s, begun, extra)
 
-        asked = await asyncio.to_thread(_fingerprint, request)
+        if isinstance(request, (PrepareRequest, CommitRequest)):
+            asked = await asyncio.to_thread(_fingerprint, request)
+        else:
+            asked = _fingerprint(request)
         return await self._once.run((name, push_id), asked, work, keep_errors=keep_errors)
 
     def _remember(self, key: Hashable, asked: Hashable, task: asyncio.Task[Any]) -> None:

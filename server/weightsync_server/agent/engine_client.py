@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Literal, TypeVar
-
-import httpx
 
 from weightsync.codec import pack, unpack
 from weightsync.errors import (
@@ -25,10 +25,13 @@ from weightsync.errors import (
     from_problem,
 )
 from weightsync.protocol import PROTOCOL_VERSION, PauseMode, WorkerCommand, WorkerReply
+from weightsync_server.agent.engine_http import Connections
 from weightsync_server.agent.replies import PendingCall, Replies
 from weightsync_server.secret import HEADER
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 Op = Literal[
     "describe",
@@ -48,7 +51,9 @@ Op = Literal[
 
 #: what changes live weights without an epoch whose end could void it
 _IN_PAUSE: frozenset[Op] = frozenset({"rollback", "reload"})
-
+#: commands without a bulky body, and answers up to this size: a thread would cost more
+_SMALL: frozenset[Op] = frozenset({"describe", "begin", "abort", "rollback", "reload", "close"})
+_SMALL_NBYTES = 64 << 10
 #: what the answer on the way back may take longer than the engine was given
 _MARGIN_S = 2.0
 #: how long answers may follow the engine's word that every worker has returned
@@ -98,15 +103,9 @@ class EngineClient:
         self._turn: str | None = None
         self._lost: set[asyncio.Future[None]] = set()
         self._max_unpacked_nbytes = max_unpacked_nbytes
-        # the environment's proxies are not for loopback (trust_env)
-        # and an idle connection is dropped before the engine's server drops it under a request.
-        # Deadlines are asyncio's, over the whole exchange: httpx's start anew with every chunk.
-        self._http = httpx.AsyncClient(
-            headers={HEADER: secret},
-            trust_env=False,
-            timeout=None,  # noqa: S113
-            limits=httpx.Limits(keepalive_expiry=2.0),
-        )
+        self._http = Connections(base_url, {HEADER: secret})
+        #: commands that all workers have answered, on their way back through the engine
+        self._returning: set[asyncio.Future[Any]] = set()
 
     async def info(self, timeout_s: float) -> dict[str, Any]:
         """``GET /weightsync/info``."""
@@ -195,6 +194,8 @@ class EngineClient:
             EngineError: The engine failed, or answered in part.
         """
         pending = await self._call(op, timeout_s, body, bodies)
+        if sum(len(r.body) for r in pending.by_place.values()) <= _SMALL_NBYTES:
+            return self._unpacked(op, kind, pending)
         return await asyncio.to_thread(self._unpacked, op, kind, pending)
 
     def own(self, bodies: Mapping[str, object] | None) -> dict[str, object]:
@@ -210,7 +211,10 @@ class EngineClient:
 
     async def aclose(self) -> None:
         """End the connections."""
-        await self._http.aclose()
+        for rpc in self._returning:
+            rpc.cancel()
+        await asyncio.gather(*self._returning, return_exceptions=True)
+        self._http.close()
 
     async def _call(
         self, op: Op, timeout_s: float, body: object, bodies: Mapping[str, object] | None
@@ -221,9 +225,8 @@ class EngineClient:
         pending = self._replies.open(call_id, self.workers)
         try:
             async with asyncio.timeout(timeout_s):
-                command = await asyncio.to_thread(
-                    self._command, call_id, op, timeout_s, body, bodies
-                )
+                make = partial(self._command, call_id, op, timeout_s, body, bodies)
+                command = make() if op in _SMALL else await asyncio.to_thread(make)
                 await self._rpc(op, command, timeout_s, pending)
         except (TimeoutError, DeadlineError, EngineError) as error:
             if any(r.problem for r in pending.by_place.values()):
@@ -245,13 +248,19 @@ class EngineClient:
         return pending
 
     async def _rpc(self, op: Op, command: bytes, timeout_s: float, pending: PendingCall) -> None:
-        """Send the command; return when every worker has both answered and returned."""
+        """Send the command; return when every worker has answered, the last thing that it does.
+
+        What comes next waits its turn in the engine; for the command's own way back nobody does.
+        """
         rpc = asyncio.ensure_future(self._send("POST", "rpc", command, timeout_s))
         waits: set[asyncio.Future[Any]] = {rpc, pending.complete}
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             if pending.complete.done():
                 pending.complete.result()
+                self._returning.add(rpc)
+                rpc.add_done_callback(self._returned)
+                return
             await rpc
             async with asyncio.timeout(_STRAGGLER_S):
                 await asyncio.shield(pending.complete)
@@ -264,8 +273,14 @@ class EngineClient:
                 answered=sorted(pending.by_place),
             ) from error
         finally:
-            rpc.cancel()
-            await asyncio.gather(rpc, return_exceptions=True)
+            if rpc not in self._returning:
+                rpc.cancel()
+                await asyncio.gather(rpc, return_exceptions=True)
+
+    def _returned(self, rpc: asyncio.Future[Any]) -> None:
+        self._returning.discard(rpc)
+        if not rpc.cancelled() and (error := rpc.exception()) is not None:
+            log.warning("the engine failed in a command that all workers have answered: %s", error)
 
     def _silent(self, pending: PendingCall) -> str:
         missing = [p for p in self.places if p not in pending.by_place]
@@ -307,9 +322,9 @@ class EngineClient:
     async def _send(
         self, method: str, name: str, body: bytes | dict[str, Any] | None, timeout_s: float
     ) -> dict[str, Any]:
-        url = f"{self.base_url}/weightsync/{name}"
-        content = json.dumps(body).encode() if isinstance(body, dict) else body
-        request = asyncio.ensure_future(self._http.request(method, url, content=content))
+        content = json.dumps(body).encode() if isinstance(body, dict) else body or b""
+        path = f"/weightsync/{name}"
+        request = asyncio.ensure_future(self._http.request(method, path, content))
         lost = asyncio.get_running_loop().create_future()
         self._lost.add(lost)
         try:
@@ -335,9 +350,9 @@ class EngineClient:
                 timeout_s=timeout_s,
             )
         try:
-            response = request.result()
-            answer = response.json()
-        except httpx.HTTPError as error:
+            status, raw = request.result()
+            answer = json.loads(raw)
+        except OSError as error:
             raise EngineDetachedError(
                 f"the engine at {self.base_url} does not answer {name}: "
                 f"{type(error).__name__}: {error}",
@@ -345,12 +360,12 @@ class EngineClient:
             ) from error
         except ValueError:
             answer = None
-        if response.is_success and isinstance(answer, dict):
+        if 200 <= status < 300 and isinstance(answer, dict):
             return answer
         if isinstance(answer, dict) and "code" in answer:
             raise from_problem(answer)
         raise EngineError(
-            f"{url} answers HTTP {response.status_code} and nothing of weightsync's",
+            f"{self.base_url}{path} answers HTTP {status} and nothing of weightsync's",
             hint="start the engine with --middleware weightsync_server.middleware."
             "WeightsyncMiddleware, and check --engine-url",
         )

@@ -225,7 +225,7 @@ class Journal:
     def _write(self, record: Record) -> None:
         if self._lock_fd < 0:
             self._take()  # what was wrong at the start may be mended
-        sync = record.state.phase not in ("paused", "receiving")
+        sync = record.state.owner is None
         body = record.model_dump_json(exclude_defaults=True).encode()
         draft = self.path.with_name(self.path.name + ".new")
         fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -32,13 +30,9 @@ from weightsync.worker_messages import (
 )
 from weightsync_server.engines.base import EngineAdapter
 from weightsync_server.receiver.receiver import Receiver
-from weightsync_server.secret import HEADER, load_secret
+from weightsync_server.receiver.reply import ReplyLine
 
 logger = logging.getLogger(__name__)
-
-_REPLY_TIMEOUT_S = 30.0
-# the reply goes to loopback whatever proxies the engine's environment names
-_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def nixl_transport(device: torch.device | None = None) -> Transport:
@@ -86,6 +80,7 @@ class WorkerEndpoint:
         if new_transport is None:
             new_transport = partial(named_transport, adapter.device)
         self.receiver = Receiver(adapter, new_transport)
+        self._line = ReplyLine()
 
     def call(self, command: str) -> None:
         """Run one :class:`WorkerCommand` (JSON) and post its :class:`WorkerReply`.
@@ -122,7 +117,7 @@ class WorkerEndpoint:
             body=body,
             problem=problem,
         )
-        self._post(message.reply_url, reply)
+        self._line.post(message.reply_url, reply)
 
     def _run(self, message: WorkerCommand) -> Any:
         r = self.receiver
@@ -154,20 +149,3 @@ class WorkerEndpoint:
                 return r.checksums()
             case "verify":
                 return r.verify(unpack(own, VerifyBody))
-
-    @staticmethod
-    def _post(url: str, reply: WorkerReply) -> None:
-        request = urllib.request.Request(  # noqa: S310 - the agent's own http URL on loopback
-            url,
-            data=reply.model_dump_json().encode(),
-            headers={"content-type": "application/json", HEADER: load_secret()},
-            method="POST",
-        )
-        try:
-            with _opener.open(request, timeout=_REPLY_TIMEOUT_S):
-                pass
-        except (urllib.error.URLError, OSError) as error:
-            # the agent is gone or gave up waiting; its next describe asks again
-            logger.error(
-                "the reply to %s could not be delivered to %s: %s", reply.call_id, url, error
-            )
