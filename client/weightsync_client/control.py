@@ -143,7 +143,7 @@ class Agent:
                         f"agent {self.url} closed the connection in {call}: {error}",
                         hint=tls_hint(error)
                         or "look at the agent's log; was it restarted?  With --tls-cert it wants "
-                        "https://, with --tls-client-ca a --cert-file",
+                        "https://, with --tls-client-ca a --cert-file that has not ended",
                         agent=self.url,
                     ) from error
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:

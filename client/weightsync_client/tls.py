@@ -64,6 +64,12 @@ def tls_context(verify: Verify = True, cert: Cert | None = None) -> ssl.SSLConte
 def tls_hint(error: Exception) -> str | None:
     """What to do about a connection that failed for its certificates; None: it did not."""
     text = str(error)
+    if "CERTIFICATE_VERIFY_FAILED" in text and "has expired" in text:
+        return "renew the agent's certificate, or the CA: the agent reads its own again by itself"
+    if "CERTIFICATE_VERIFY_FAILED" in text and "not yet valid" in text:
+        return "is the clock right, here and there?  timedatectl tells"
+    if "CERTIFICATE_VERIFY_FAILED" in text and "mismatch" in text:
+        return "its certificate is for other names: issue one with the name or address of the URL"
     if "CERTIFICATE_VERIFY_FAILED" in text:
         return "name the CA of the agents' certificates: verify=, --ca-file or WEIGHTSYNC_CA_FILE"
     if "ALERT" in text and ("CERT" in text or "UNKNOWN_CA" in text):

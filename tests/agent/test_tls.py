@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
@@ -18,11 +19,11 @@ from tests.support.certificates import Authority
 from weightsync.certificates import ends_at
 from weightsync.errors import AgentUnreachableError, InputError
 from weightsync_client.control import Fleet, Look
-from weightsync_client.doctor.remote import _certificate
+from weightsync_client.doctor.remote import _certificate, tls_files
 from weightsync_client.doctor.remote import agents as doctor_agents
 from weightsync_client.membership import members_of, server_name_of
-from weightsync_client.settings import Deadlines
-from weightsync_client.tls import tls_context
+from weightsync_client.settings import Deadlines, TlsFiles
+from weightsync_client.tls import tls_context, tls_hint
 from weightsync_server.agent.app import Agent
 from weightsync_server.agent.cli import AgentServer, listen, listen_aside
 from weightsync_server.agent.settings import AgentSettings, load_settings
@@ -212,12 +213,35 @@ async def test_the_doctor_tells_when_a_certificate_ends_and_that_a_token_goes_in
     assert found["agent.tls"].severity == "warn"  # the certificates of these tests last an hour
     assert found["agent.tls"].what == "its certificate ends in 0 days"
 
+    old, _ = authority.issue("old", hours=-1)
+    told = {f.id: f for f in tls_files(TlsFiles(authority.pem, old))}
+    assert (told["tls.ca"].severity, told["tls.certificate"].severity) == ("warn", "fail")
+    assert told["tls.certificate"].what.endswith("old.pem has ended")
+
     seen = Look("", None)
     assert _certificate("http://127.0.0.1:9100", seen).severity == "ok"
     assert "in clear" in _certificate("http://node-1:9100", seen).what
 
 
 # ---------------------------------------------------------------- certificates that are renewed
+
+
+@pytest.mark.parametrize(
+    ("address", "hours", "hint"),
+    [("127.0.0.1", -1, "renew the agent's"), ("10.9.8.7", 1, "for other names")],
+)
+def test_why_a_certificate_is_not_believed_is_told(authority, address, hours, hint):
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(*authority.issue("wrong", address, hours=hours))
+    here, there = ssl.MemoryBIO(), ssl.MemoryBIO()
+    agent = server.wrap_bio(here, there, server_side=True)
+    trainer = tls_context(authority.pem).wrap_bio(there, here, server_hostname="127.0.0.1")
+    for side in (trainer, agent):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    with pytest.raises(ssl.SSLCertVerificationError) as caught:
+        trainer.do_handshake()
+    assert hint in tls_hint(caught.value)
 
 
 async def test_a_renewed_certificate_is_used_without_a_restart(

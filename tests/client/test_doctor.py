@@ -56,6 +56,31 @@ def test_a_good_gpu_node_with_infiniband_is_all_well(machine, tmp_path):
     assert not [f for f in found.values() if f.severity == "fail"]
 
 
+DEVINFO = """hca_id:\tmlx5_0
+\ttransport:\t\t\tInfiniBand (0)
+\tmax_mr_size:\t\t\t0xffffffffffffffff
+\tmax_mr:\t\t\t\t{}
+hca_id:\tmlx5_99
+\tmax_mr_size:\t\t\t0x1
+\tmax_mr:\t\t\t\t1
+"""
+
+
+def test_limits_of_memory_regions_are_those_of_the_cards_that_are_used(tmp_path):
+    root, dev = grow(tmp_path / "machine", sysfs.HGX_PORT_DOWN)
+
+    def regions(told: str) -> Finding:
+        return by_id(host(tmp_path / "proc", root, dev, lambda: told))["memory_regions"]
+
+    good = regions(DEVINFO.format(16_777_216))
+    assert good.severity == "ok"
+    assert "mlx5_0: 16,777,216 regions" in good.what
+    assert "mlx5_1" not in good.what, "its port is down"
+    small = regions(DEVINFO.format(1_024))
+    assert (small.severity, small.fix[:9]) == ("warn", "mlxconfig")
+    assert regions("no such thing").severity == "warn"
+
+
 def test_a_gpu_node_with_a_small_limit_and_no_gpudirect_fails_with_the_command(machine):
     found = machine(
         sysfs.HGX,

@@ -31,11 +31,11 @@ class Authority:
         )
         self.pem = self._write(f"{name}.pem", builder)
 
-    def issue(self, name: str, *addresses: str) -> tuple[Path, Path]:
-        """Certificate and key of ``name``, for these IP addresses and host names."""
+    def issue(self, name: str, *addresses: str, hours: float = 1) -> tuple[Path, Path]:
+        """Certificate and key of ``name``, for these IP addresses and host names; it ends then."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        builder = self._builder(subject, key)
+        builder = self._builder(subject, key, hours)
         if addresses:
             names = [_name(a) for a in addresses]
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
@@ -50,7 +50,7 @@ class Authority:
         return self._write(f"{name}.pem", builder), key_file
 
     def _builder(
-        self, subject: x509.Name, key: ec.EllipticCurvePrivateKey
+        self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, hours: float = 1
     ) -> x509.CertificateBuilder:
         now = datetime.datetime.now(datetime.UTC)
         own = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
@@ -60,8 +60,8 @@ class Authority:
             .issuer_name(self._name)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(hours=1))
+            .not_valid_before(now - datetime.timedelta(hours=2))
+            .not_valid_after(now + datetime.timedelta(hours=hours))
             .add_extension(
                 x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
             )

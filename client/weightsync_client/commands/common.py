@@ -24,7 +24,7 @@ from weightsync.errors import (
 from weightsync.tokens import read_tokens
 from weightsync_client.bearer import Token
 from weightsync_client.control import Fleet
-from weightsync_client.settings import Deadlines, TlsFiles, token_from_env
+from weightsync_client.settings import Deadlines, TlsFiles, tls_from_env, token_from_env
 from weightsync_client.tls import tls_context
 
 #: the exit statuses of all commands; docs/cli.md tells them
@@ -122,6 +122,14 @@ def read_token(path: Path | None) -> Token | None:
         return token_from_env()
     read_tokens(path)
     return path
+
+
+def files_of_command() -> TlsFiles:
+    """The certificates that count: what was said before the command's name, or the variables."""
+    said, env = TLS_FILES.get() or TlsFiles(), tls_from_env()
+    if said.cert is not None:
+        env = TlsFiles(env.ca)
+    return TlsFiles(said.ca or env.ca, said.cert or env.cert, said.key or env.key)
 
 
 def tls_of_command() -> ssl.SSLContext | Literal[True]:

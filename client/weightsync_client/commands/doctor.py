@@ -16,13 +16,14 @@ from weightsync_client.commands.common import (
     AsJson,
     TokenFile,
     errors_told,
+    files_of_command,
     new_fleet,
     print_json,
 )
 from weightsync_client.doctor.finding import Finding
 from weightsync_client.doctor.host import host
 from weightsync_client.doctor.probe import probe as measure
-from weightsync_client.doctor.remote import agent_port, engine
+from weightsync_client.doctor.remote import agent_port, engine, tls_files
 from weightsync_client.doctor.remote import agents as ask_agents
 from weightsync_client.doctor.software import installed, software
 from weightsync_client.settings import Deadlines
@@ -74,6 +75,7 @@ def _examine(
     yield from software(os.environ)
     here = list(host())
     yield from here
+    yield from tls_files(files_of_command())
     if fleet is None:
         yield agent_port()
     else:

@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from weightsync.topology import Machine, read_machine
 from weightsync_client.doctor.finding import Finding
+from weightsync_client.report import human_bytes
 
 _IPC_LOCK, _SYS_PTRACE = 14, 19
 #: Linux that can export GPU memory as dma-buf to the InfiniBand stack
 _DMABUF_LINUX = (5, 12)
+#: a worker registers every tensor that is written to: a card that takes fewer regions, or smaller
+#: ones, is too small for large models of many experts
+_REGIONS, _REGION_NBYTES = 100_000, 64 << 30
 #: less locked memory than this registers no model
 _LOCKED_NBYTES = 64 << 30
 
 
+def devinfo() -> str:
+    """What ``ibv_devinfo -v`` tells of the cards; empty where it is not, or tells nothing."""
+    try:
+        done = subprocess.run(
+            ["ibv_devinfo", "-v"], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout
+
+
 def host(
-    proc: str | Path = "/proc", sysfs: str | Path = "/sys", dev: str | Path = "/dev"
+    proc: str | Path = "/proc",
+    sysfs: str | Path = "/sys",
+    dev: str | Path = "/dev",
+    cards: Callable[[], str] = devinfo,
 ) -> Iterator[Finding]:
     """Everything that can be read of a machine; what cannot be seen is said.
 
@@ -25,6 +44,7 @@ def host(
         proc: Where procfs is mounted, or a recorded tree of it.
         sysfs: The same of sysfs.
         dev: Where the nodes of the cards are.
+        cards: What sysfs does not tell of them.
     """
     proc, sysfs = Path(proc), Path(sysfs)
     machine = read_machine(sysfs, dev)
@@ -33,7 +53,7 @@ def host(
     yield from _gpus(machine)
     yield _gpudirect(proc, sysfs, machine)
     yield _memlock(proc, capabilities, rdma=bool(machine.fabric))
-    yield _regions(machine)
+    yield _regions(machine, cards)
     yield _neighbours(proc, capabilities)
 
 
@@ -43,8 +63,7 @@ def _cards(machine: Machine, sysfs: Path) -> Iterator[Finding]:
         seen = "no RDMA card in sysfs" if (sysfs / "class").is_dir() else f"cannot see {sysfs}"
         yield Finding(
             "nics", "warn", seen, why,
-            "on one host none is needed; between hosts: load the driver, or give the container "
-            "/dev/infiniband and /sys/class/infiniband",
+            "modprobe mlx5_ib  # containers: --device /dev/infiniband; on one host none is needed",
         )  # fmt: skip
     used = {nic.name for nic in machine.fabric}
     for nic in machine.nics:
@@ -134,13 +153,31 @@ def _memlock(proc: Path, capabilities: int | None, *, rdma: bool) -> Finding:
     )  # fmt: skip
 
 
-def _regions(machine: Machine) -> Finding:
+def _regions(machine: Machine, cards: Callable[[], str]) -> Finding:
     why = "a card takes so many memory regions and so many bytes; beyond that, nothing registers"
-    if not machine.fabric:
+    used = {nic.name.partition(":")[0] for nic in machine.fabric}
+    if not used:
         return Finding("memory_regions", "ok", "no RDMA card whose limits could matter", why)
+    limits = {}
+    for part in re.split(r"^hca_id:\s*", cards(), flags=re.MULTILINE)[1:]:
+        most = re.search(r"^\s+max_mr:\s+(\d+)", part, re.MULTILINE)
+        size = re.search(r"^\s+max_mr_size:\s+(0x[0-9a-fA-F]+)", part, re.MULTILINE)
+        if most and size and part.split()[0] in used:
+            limits[part.split()[0]] = (int(most[1]), int(size[1], 16))
+    if not limits:
+        return Finding(
+            "memory_regions", "warn", "cannot see the cards' limits: ibv_devinfo tells none", why,
+            "apt-get install ibverbs-utils  # then: ibv_devinfo -v | grep -E 'hca_id|max_mr'",
+        )  # fmt: skip
+    told = [
+        f"{card}: {most:,} regions, each up to {human_bytes(size)}"
+        for card, (most, size) in limits.items()
+    ]
+    small = any(m < _REGIONS or size < _REGION_NBYTES for m, size in limits.values())
     return Finding(
-        "memory_regions", "warn", "sysfs does not tell the cards' limits of memory regions", why,
-        "ibv_devinfo -v | grep -E 'hca_id|max_mr|max_mr_size'",
+        "memory_regions", "warn" if small else "ok", "; ".join(told), why,
+        "mlxconfig -d DEVICE query  # a virtual function gets its share from its host" if small
+        else "",
     )  # fmt: skip
 
 

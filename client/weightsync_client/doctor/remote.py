@@ -13,17 +13,16 @@ from urllib.parse import urlsplit
 import httpx
 
 import weightsync
+from weightsync.certificates import RENEW_DAYS, ends_at
 from weightsync.errors import AgentUnreachableError, AuthError, WeightSyncError
 from weightsync_client.control import Agent, Fleet, Look
 from weightsync_client.doctor.finding import Finding, Severity
-from weightsync_client.settings import Deadlines
+from weightsync_client.settings import Deadlines, TlsFiles
 
 _TIMEOUT_S = 5.0
 _AGENT_PORT = 9100
 #: seconds that two clocks may be apart; an HTTP date has none below one
 _CLOCK_S = 5.0
-#: a certificate that ends sooner should have been renewed
-_RENEW_DAYS = 14
 
 
 def agents(fleet: Fleet) -> Iterator[Finding]:
@@ -49,6 +48,7 @@ def _agent(agent: Agent, deadlines: Deadlines) -> Iterator[Finding]:
     yield Finding("agent.reachable", "ok", "it answers, and takes the token", reach, where=where)
     yield _versions(status, where)
     yield _state(status, where)
+    yield _journal(status, where)
     yield from _engines(status, where)
     with contextlib.suppress(WeightSyncError):
         seen = agent.look("/healthz", timeout_s=deadlines.status_s)
@@ -78,11 +78,21 @@ def _state(status: dict[str, Any], where: str) -> Finding:
         return Finding("agent.state", "fail", what, why, fix, where)
     if state == "torn":
         what = f"torn: its weights are not whole (version {status.get('target')} did not arrive)"
-        return Finding("agent.state", "fail", what, why, "push again, all of it", where)
+        fix = f"weightsync push CHECKPOINT_DIR --agent {where}  # or the trainer's next push"
+        return Finding("agent.state", "fail", what, why, fix, where)
     if state == "paused" and not status.get("pause_owner"):
         fix = f"weightsync resume {where}"
         return Finding("agent.state", "warn", "paused by hand", why, fix, where)
     return Finding("agent.state", "ok", f"{state}, version {status.get('version')}", why, "", where)
+
+
+def _journal(status: dict[str, Any], where: str) -> Finding:
+    why = "no push is taken before it is written down there: a restarted agent goes on from it"
+    told = status.get("journal") or {}
+    if not told.get("trouble"):
+        return Finding("agent.journal", "ok", f"{told.get('path')} is written", why, "", where)
+    fix = "df -h; df -i  # there: free the disk, or start the agent with another --journal"
+    return Finding("agent.journal", "fail", str(told["trouble"]), why, fix, where)
 
 
 def _engines(status: dict[str, Any], where: str) -> Iterator[Finding]:
@@ -108,7 +118,8 @@ def _engines(status: dict[str, Any], where: str) -> Iterator[Finding]:
             f"{len(refused)} kernel tensors are refused, as {first['tensor']} at {place}: "
             f"{first['reason']}",
             "nothing is pushed while a tensor that it would write is unproven",
-            f"curl -X POST {where}/attach -d '{{\"proof\": \"full\"}}'  # proves again, all bytes",
+            f'curl -X POST {where}/attach -H "Authorization: Bearer $WEIGHTSYNC_TOKEN" '
+            "-d '{\"proof\": \"full\"}'  # proves again, all bytes",
             where,
         )  # fmt: skip
 
@@ -139,10 +150,30 @@ def _certificate(where: str, seen: Look) -> Finding:
     if seen.certificate_ends is None:
         return Finding("agent.tls", "ok", "it speaks TLS", why, "", where)
     days = (seen.certificate_ends - time.time()) / 86_400
-    soon = days < _RENEW_DAYS
+    soon = days < RENEW_DAYS
     what = f"its certificate ends in {days:.0f} days"
-    fix = "renew it: the agent reads the new one by itself" if soon else ""
+    fix = "renew it, in the same files: the agent reads them again by itself" if soon else ""
     return Finding("agent.tls", "warn" if soon else "ok", what, why, fix, where)
+
+
+def tls_files(files: TlsFiles) -> Iterator[Finding]:
+    """The certificates that this side was told: when they end."""
+    why = "a CA that has ended believes no agent; a certificate that has ended is shown in vain"
+    for name, file in (("tls.ca", files.ca), ("tls.certificate", files.cert)):
+        if file is None:
+            continue
+        try:
+            days = (ends_at(file) - time.time()) / 86_400
+        except (OSError, ValueError) as error:
+            fix = f"openssl x509 -noout -enddate -in {file}"
+            yield Finding(name, "warn", f"cannot tell when {file} ends: {error}", why, fix)
+            continue
+        soon = days < RENEW_DAYS
+        what = f"{file} ends in {days:.0f} days" if days > 0 else f"{file} has ended"
+        yield Finding(
+            name, "fail" if days <= 0 else "warn" if soon else "ok", what, why,
+            "renew it: docs/security.md; a trainer reads it when it starts" if soon else "",
+        )  # fmt: skip
 
 
 def agent_port(port: int = _AGENT_PORT) -> Finding:
@@ -191,7 +222,7 @@ def engine(url: str) -> Iterator[Finding]:
     )  # fmt: skip
     yield Finding(
         "engine.worker_extension", "ok",
-        "not visible from outside: an agent that lists workers proves it (--agent)",
+        "not visible from outside: agent.workers of its agent proves it (--agent)",
         "the receiver runs in every worker of the engine", "", where,
     )  # fmt: skip
     if paused.is_success:

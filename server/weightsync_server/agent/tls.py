@@ -82,8 +82,10 @@ class Certificates:
                 continue
             self._tell(name, ends)
             days = (ends - time.time()) / 86_400
-            if days < RENEW_DAYS:
-                log.warning("%s ends in %.1f days: write the renewed one there", file, days)
+            if days < 0:
+                log.error("%s has ended, and nobody gets through: write a renewed one there", file)
+            elif days < RENEW_DAYS:
+                log.warning("%s ends in %.1f days: write a renewed one there", file, days)
 
     @property
     def _files(self) -> list[Path]:
