@@ -16,7 +16,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,26 +32,16 @@ class Span:
     """Something that took time.
 
     Attributes:
-        process: ``rank 3``, or ``agent http://...``.
+        process: ``rank 3``, or ``agent http://...``; empty while a rank keeps or tells its own.
         lane: Spans of one lane follow each other or nest.
         name: What was done.
-        start_s: Since rank 0 called ``push``, on its clock.
+        start_s: Since rank 0 called ``push``, on its clock; what a rank tells counts from its
+            anchor.
         seconds: How long it took.
         nbytes: Bytes that it moved; 0: it moved none, or nobody counted.
     """
 
     process: str
-    lane: str
-    name: str
-    start_s: float
-    seconds: float
-    nbytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """A span of one rank on its way to rank 0; ``start_s`` counts from the rank's anchor."""
-
     lane: str
     name: str
     start_s: float
@@ -75,12 +65,12 @@ class Recorder:
 
     def __init__(self) -> None:
         self.zero = self.anchor = time.perf_counter()
-        self._marks: list[Mark] = []
+        self._marks: list[Span] = []
         self._calls: list[_Call] = []
 
     def add(self, lane: str, name: str, start: float, stop: float, nbytes: int = 0) -> None:
         """Something went on from ``start`` to ``stop``."""
-        self._marks.append(Mark(lane, name, start, stop - start, nbytes))
+        self._marks.append(Span("", lane, name, start, stop - start, nbytes))
 
     @contextmanager
     def during(self, name: str) -> Iterator[None]:
@@ -100,13 +90,11 @@ class Recorder:
         name = path.strip("/")
         self._calls.append(_Call(url, name, sent_at, time.perf_counter(), spans))
 
-    def told(self) -> list[Mark]:
+    def told(self) -> list[Span]:
         """This rank's spans for rank 0; those of rank 0 itself stay here."""
-        return [
-            Mark(m.lane, m.name, m.start_s - self.anchor, m.seconds, m.nbytes) for m in self._marks
-        ]
+        return [replace(m, start_s=m.start_s - self.anchor) for m in self._marks]
 
-    def timeline(self, ranks: Sequence[Sequence[Mark]]) -> tuple[Span, ...]:
+    def timeline(self, ranks: Sequence[Sequence[Span]]) -> tuple[Span, ...]:
         """On rank 0: all spans, by process, lane and start.
 
         Args:
@@ -116,7 +104,7 @@ class Recorder:
         for rank, marks in enumerate([self.told(), *ranks[1:]]):
             for m in marks:
                 start_s = m.start_s + self.anchor - self.zero
-                made.append(Span(f"rank {rank}", m.lane, m.name, start_s, m.seconds, m.nbytes))
+                made.append(replace(m, process=f"rank {rank}", start_s=start_s))
         for call in self._calls:
             made += _placed(call, self.zero)
         return tuple(sorted(made, key=_order))

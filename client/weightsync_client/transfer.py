@@ -15,7 +15,7 @@ from weightsync_client.report import PushReport
 from weightsync_client.session import Session
 from weightsync_client.shadow import ShadowTransaction, lands_aside
 from weightsync_client.source import WeightSource
-from weightsync_client.trace import Mark
+from weightsync_client.trace import Span
 from weightsync_client.transaction import Transaction, check_held
 
 #: a push is not given up by its agents, nor by rank 0, so soon after the slots were filled
@@ -30,7 +30,7 @@ class _Wrote:
     """What a rank could not write, as problems by the agent's URL, and its part of the trace."""
 
     failed: dict[str, dict[str, Any]]
-    marks: list[Mark]
+    marks: list[Span]
 
 
 class Transfer:
@@ -46,7 +46,7 @@ class Transfer:
         self._session = session
         self._deadlines = attempt.settings.deadlines
         self._filled_at = 0.0
-        self._marks: list[list[Mark]] = []
+        self._marks: list[list[Span]] = []
         # what lands beside live weights goes before the pause; all of it, or what there is room for
         aside = lands_aside(session)
         self._splits = not aside and session.split and session.most_rounds == 1

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 import weakref
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.transport.peers import NBYTES, Peer, run_python
 from weightsync.errors import (
     DeadlineError,
     PeerLostError,
@@ -23,21 +21,6 @@ from weightsync.errors import (
 )
 from weightsync.transport import LocalMemory, NixlTransport, WriteOp, nixl_errors
 from weightsync.transport.nixl import load_bindings
-
-REPOSITORY = Path(__file__).parents[2]
-NBYTES = 32 << 20
-
-
-def run_python(code: str, **env: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=REPOSITORY,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | env,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    ).stdout.strip()
 
 
 @pytest.mark.nixl
@@ -106,41 +89,9 @@ print(sorted({"nixl", "torch"} & set(sys.modules)))
     assert run_python(code) == "[]\n[]"
 
 
-class Peer:
-    """A process with 32 MiB of registered memory."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("nixl_peer.py")), str(NBYTES)],
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        addr, metadata = self.process.stdout.readline().split()
-        self.addr, self.metadata = int(addr), bytes.fromhex(metadata)
-
-    def look(self) -> str:
-        """What the peer's memory and mailbox hold."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return self.process.stdout.readline()
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(10)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate(timeout=10)
-
-
 @pytest.fixture
 def peer() -> Iterator[Peer]:
-    peer = Peer()
+    peer = Peer("nixl")
     yield peer
     peer.close()
 
@@ -163,7 +114,7 @@ def over_tcp(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple]:
     """A writer and two peers on TCP, where a write into a stopped process stays in flight."""
     monkeypatch.setenv("UCX_TLS", "tcp")
     array = np.full(NBYTES, 7, np.uint8)
-    first, second = Peer(), Peer()
+    first, second = Peer("nixl"), Peer("nixl")
     with NixlTransport("writer", progress_thread=False) as writer:
         writer.register([LocalMemory(array.ctypes.data, NBYTES)])
         yield writer, array, first, second

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.transport.peers import NBYTES, Peer, run_python
 from weightsync.errors import DeadlineError, InputError, PeerLostError, TransferFailedError
 from weightsync.transport import LocalMemory, UcxxTransport, WriteOp
 from weightsync_server.receiver.endpoint import named_transport
 
-REPOSITORY = Path(__file__).parents[2]
-NBYTES = 32 << 20
 MIB = 1 << 20
 with_ucxx = pytest.mark.integrations
 
@@ -34,12 +29,9 @@ try:
 except TransportError as error:
     print(error.message, "|", error.hint)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
-    assert "ucxx cannot be loaded" in done.stdout
-    assert 'pip install "weightsync[ucxx]"' in done.stdout
+    said = run_python(code)
+    assert "ucxx cannot be loaded" in said
+    assert 'pip install "weightsync[ucxx]"' in said
 
 
 def test_an_engine_refuses_a_transport_that_does_not_exist():
@@ -127,38 +119,9 @@ def test_an_idle_target_sleeps(ends):
     assert time.process_time() - before < 0.3
 
 
-class Peer:
-    """A process with 32 MiB of registered memory."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("ucxx_peer.py")), str(NBYTES)],
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert self.process.stdout is not None
-        line = ""
-        while len(line.split()) != 2:  # UCX may log to stdout, too
-            line = self.process.stdout.readline()
-            assert line, "the peer ended"
-        addr, metadata = line.split()
-        self.addr, self.metadata = int(addr), bytes.fromhex(metadata)
-
-    def look(self) -> str:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return self.process.stdout.readline()
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate(timeout=10)
-
-
 @pytest.fixture
 def peer() -> Iterator[Peer]:
-    peer = Peer()
+    peer = Peer("ucxx")
     yield peer
     peer.close()
 
@@ -185,8 +148,7 @@ def test_bytes_and_message_reach_another_process(peer, link):
 @with_ucxx
 def test_a_killed_peer_is_lost_or_late_and_never_done(peer, link):
     writer, write = link
-    peer.process.kill()
-    peer.process.wait(10)
+    peer.kill()
 
     def push() -> None:
         writer.post(write, b"v2")
