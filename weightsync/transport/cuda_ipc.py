@@ -277,11 +277,10 @@ class CudaIpcTransport(Transport):
             return
         with self._lock:
             self._mine(write)
-            if write.closed or write.message or write.error is not None:
-                state = "closed" if write.closed else "posted" if write.message else "failed"
-                raise refusals.not_postable(write.peer, state)
-            if not notification:
-                raise refusals.empty_notification(write.peer)
+            refusals.check_post(
+                write.peer, notification,
+                closed=write.closed, posted=bool(write.message), failed=write.error is not None,
+            )  # fmt: skip
             write.message = notification
             write.copying = True
             try:

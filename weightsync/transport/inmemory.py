@@ -182,10 +182,7 @@ class InMemoryTransport(Transport):
                     hint="an in-memory transport reaches only transports of its own Fabric",
                 )
             if peer.name == self.name:
-                raise TransportError(
-                    f"transport {self.name!r} was given its own metadata",
-                    hint="copy within a process without a transport",
-                )
+                raise refusals.own_metadata(self.name)
             remote = RegisteredMemory()
             if peer.memory:
                 remote.add([LocalMemory(addr, nbytes) for addr, nbytes in peer.memory])
@@ -210,13 +207,9 @@ class InMemoryTransport(Transport):
             self._refuse_dead(peer)
             if not ops:
                 raise refusals.no_writes(peer)
-            for op in ops:
-                for where, end, side, addr in (
-                    ("local", self._registered, local, op.local_addr),
-                    ("remote", self._peers[peer], remote, op.remote_addr),
-                ):
-                    if op.nbytes <= 0 or not end.covers(side.kind, side.device_id, addr, op.nbytes):
-                        raise refusals.not_registered(where, side.kind, addr, op.nbytes, peer)
+            self._registered.check("local", local, peer, ((o.local_addr, o.nbytes) for o in ops))
+            there = self._peers[peer]
+            there.check("remote", remote, peer, ((o.remote_addr, o.nbytes) for o in ops))
             write = _Write(self, peer, sum(op.nbytes for op in ops), len(ops), tuple(ops))
             self._writes = [kept for kept in self._writes if not kept.closed] + [write]
             return write
@@ -226,11 +219,10 @@ class InMemoryTransport(Transport):
         with self.fabric.lock:
             self._refuse_closed()
             mine = self._mine(write)
-            if mine.closed or mine.posted or mine.error is not None:
-                state = "closed" if mine.closed else "posted" if mine.posted else "failed"
-                raise refusals.not_postable(mine.peer, state)
-            if not notification:
-                raise refusals.empty_notification(mine.peer)
+            refusals.check_post(
+                mine.peer, notification,
+                closed=mine.closed, posted=mine.posted, failed=mine.error is not None,
+            )  # fmt: skip
             if self.fabric.faults(mine.peer).torn_nbytes is None:
                 self._refuse_dead(mine.peer)
             mine.posted = True

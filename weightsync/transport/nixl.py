@@ -237,13 +237,7 @@ class NixlTransport(Transport):
             self._refuse_unknown(peer)
             if not ops:
                 raise refusals.no_writes(peer)
-            for op in ops:
-                if op.nbytes <= 0 or not self._registered.covers(
-                    local.kind, local.device_id, op.local_addr, op.nbytes
-                ):
-                    raise refusals.not_registered(
-                        "local", local.kind, op.local_addr, op.nbytes, peer
-                    )
+            self._registered.check("local", local, peer, ((o.local_addr, o.nbytes) for o in ops))
             with translated(f"preparing {len(ops)} writes", peer):
                 here, there = (
                     self._nixl.nixlXferDList(self._segment(side.kind), _rows(rows))
@@ -264,11 +258,10 @@ class NixlTransport(Transport):
         with self._lock:
             self._refuse_closed()
             mine = self._mine(write)
-            if mine.handle is None or mine.posted or mine.error is not None:
-                state = "closed" if mine.handle is None else "posted" if mine.posted else "failed"
-                raise refusals.not_postable(mine.peer, state)
-            if not notification:
-                raise refusals.empty_notification(mine.peer)
+            refusals.check_post(
+                mine.peer, notification,
+                closed=mine.handle is None, posted=mine.posted, failed=mine.error is not None,
+            )  # fmt: skip
             self._refuse_unknown(mine.peer)
             with self._tracked(mine, "posting a write"):
                 is_done(self._agent.postXferReq(mine.handle, notification).name, mine.peer)

@@ -1,4 +1,4 @@
-"""The errors that every transport gives alike: each function returns one, to be raised."""
+"""The errors that every transport gives alike: each function returns one, or raises it itself."""
 
 from __future__ import annotations
 
@@ -43,6 +43,14 @@ def no_writes(peer: str) -> TransportError:
     )
 
 
+def own_metadata(name: str) -> TransportError:
+    """The transport ``name`` was to be its own peer."""
+    return TransportError(
+        f"transport {name!r} was given its own metadata",
+        hint="copy within a process without a transport",
+    )
+
+
 def not_registered(
     where: str, kind: MemoryKind, addr: int, nbytes: int, peer: str
 ) -> TransportError:
@@ -64,22 +72,26 @@ def foreign_write(peer: str) -> TransferFailedError:
     )
 
 
-def not_postable(peer: str, state: str) -> TransferFailedError:
-    """The write is ``closed``, ``posted`` or ``failed``."""
-    return TransferFailedError(
-        f"write to {peer!r} cannot be posted: it is {state}",
-        hint="wait for a posted write; prepare a closed or failed one again",
-        peer=peer,
-    )
+def check_post(peer: str, notification: bytes, *, closed: bool, posted: bool, failed: bool) -> None:
+    """Refuse a write that cannot be posted now, or that says nothing.
 
-
-def empty_notification(peer: str) -> TransferFailedError:
-    """NIXL takes no message for 'the message of the last post': an older version (WS-2)."""
-    return TransferFailedError(
-        f"write to {peer!r} has an empty notification",
-        hint="name the push in it: the peer learns of the bytes by nothing else",
-        peer=peer,
-    )
+    Raises:
+        TransferFailedError: It is one.
+    """
+    if closed or posted or failed:
+        state = "closed" if closed else "posted" if posted else "failed"
+        raise TransferFailedError(
+            f"write to {peer!r} cannot be posted: it is {state}",
+            hint="wait for a posted write; prepare a closed or failed one again",
+            peer=peer,
+        )
+    # NIXL takes no message for 'the message of the last post': an older version (WS-2)
+    if not notification:
+        raise TransferFailedError(
+            f"write to {peer!r} has an empty notification",
+            hint="name the push in it: the peer learns of the bytes by nothing else",
+            peer=peer,
+        )
 
 
 def closed_write(peer: str) -> TransferFailedError:

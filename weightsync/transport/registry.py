@@ -7,11 +7,12 @@ write fails or goes astray much later.  So these are refused here, before a tran
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from weightsync.errors import RegistrationError
 from weightsync.layout import MemoryKind
-from weightsync.transport.base import LocalMemory
+from weightsync.transport import refusals
+from weightsync.transport.base import LocalMemory, Side
 
 #: no process has addresses above (five-level page tables); UCX hangs on intervals that wrap
 _ADDRESS_SPACE_NBYTES = 1 << 57
@@ -69,6 +70,22 @@ class RegisteredMemory:
         """Forget ``memory``, which must have been added before."""
         for one in memory:
             self._intervals[one.kind, one.device_id].remove((one.addr, one.addr + one.nbytes))
+
+    def check(self, where: str, side: Side, peer: str, parts: Iterable[tuple[int, int]]) -> None:
+        """Refuse writes that would touch other memory, or none.
+
+        Args:
+            where: What this end of the writes is called.
+            side: The kind of memory that they mean.
+            peer: At their other end, or this one.
+            parts: Address and bytes of each.
+
+        Raises:
+            TransportError: One does.
+        """
+        for addr, nbytes in parts:
+            if nbytes <= 0 or not self.covers(side.kind, side.device_id, addr, nbytes):
+                raise refusals.not_registered(where, side.kind, addr, nbytes, peer)
 
     def covers(self, kind: MemoryKind, device_id: int, addr: int, nbytes: int) -> bool:
         """Whether one registered interval holds all of ``nbytes`` bytes at ``addr``."""

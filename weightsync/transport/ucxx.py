@@ -162,10 +162,7 @@ class UcxxTransport(Transport):
         with self.lock:
             self._refuse_closed()
             if peer.name == self.name:
-                raise TransportError(
-                    f"transport {self.name!r} was given its own metadata",
-                    hint="copy within a process without a transport",
-                )
+                raise refusals.own_metadata(self.name)
             known = self._peers.get(peer.name)
             if known is not None:
                 known.metadata = peer
@@ -199,14 +196,9 @@ class UcxxTransport(Transport):
                 raise refusals.no_writes(peer)
             if len(ops) > MAX_OPS:
                 raise TransportError(f"{len(ops)} writes at once", hint="merge adjacent writes")
+            self._registered.check("local", local, peer, ((o.local_addr, o.nbytes) for o in ops))
             places = []
             for op in ops:
-                if op.nbytes <= 0 or not self._registered.covers(
-                    local.kind, local.device_id, op.local_addr, op.nbytes
-                ):
-                    raise refusals.not_registered(
-                        "local", local.kind, op.local_addr, op.nbytes, peer
-                    )
                 held = holding(there, op.remote_addr, op.nbytes, remote)
                 if held is None:
                     raise refusals.not_registered(
@@ -225,11 +217,10 @@ class UcxxTransport(Transport):
         with self.lock:
             self._refuse_closed()
             mine = self._mine(write)
-            if mine.closed or mine.number or mine.error is not None:
-                state = "closed" if mine.closed else "posted" if mine.number else "failed"
-                raise refusals.not_postable(mine.peer, state)
-            if not notification:
-                raise refusals.empty_notification(mine.peer)
+            refusals.check_post(
+                mine.peer, notification,
+                closed=mine.closed, posted=bool(mine.number), failed=mine.error is not None,
+            )  # fmt: skip
             peer = self._reach(mine.peer)
             # no two posts have one number, so a late answer ends no other post (WS-2)
             mine.number = secrets.randbits(62) | 1
