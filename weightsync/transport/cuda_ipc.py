@@ -26,14 +26,13 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from weightsync import codec
 from weightsync.errors import DeadlineError, InputError, TransferFailedError, TransportError
 from weightsync.process import neighbourhood
-from weightsync.transport import refusals
+from weightsync.transport import cuda_driver, refusals
 from weightsync.transport.base import (
     DRAM,
     LocalMemory,
@@ -43,6 +42,7 @@ from weightsync.transport.base import (
     Transport,
     WriteOp,
 )
+from weightsync.transport.cuda_driver import Allocation, Batch
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,6 @@ _MAGIC = b"weightsync-cuda-ipc-1:"
 _TAIL_NBYTES = 64
 #: a smaller write is not worth two
 _LEAST_NBYTES = 1 << 20
-#: of the driver, in thousands: batches of copies
-_LEAST_DRIVER = 12080
 #: a number of a process may be another's, too, in another container
 _PROCESS = uuid.uuid4().hex
 _POLL_MIN_S = 20e-6
@@ -65,33 +63,11 @@ _CLOSE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Allocation:
-    """What one cudaMalloc returned, and its handle for other processes."""
-
-    base: int
-    nbytes: int
-    handle: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class _Offer:
     carrier: bytes
     near: str
     process: str
-    allocations: tuple[_Allocation, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """Copies: destinations as this process sees them, sources, bytes."""
-
-    to: list[Any]
-    of: list[Any]
-    sizes: list[int]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(self.sizes)
+    allocations: tuple[Allocation, ...]
 
 
 class _Registration(Registration):
@@ -112,7 +88,7 @@ class _Write(PreparedWrite):
         self,
         owner: CudaIpcTransport,
         stream: torch.cuda.Stream,
-        copies: _Batch,
+        copies: Batch,
         tail: PreparedWrite,
     ) -> None:
         self.owner = owner
@@ -183,7 +159,7 @@ class CudaIpcTransport(Transport):
         near = neighbourhood()
         with self._lock:
             memory = [one for each in self._exported for one in each.memory]
-        if not self._exports or near is None or not (allocations := _export(memory)):
+        if not self._exports or near is None or not (allocations := cuda_driver.export(memory)):
             return carrier
         return _MAGIC + codec.pack(_Offer(carrier, near, _PROCESS, allocations)).encode()
 
@@ -213,7 +189,7 @@ class CudaIpcTransport(Transport):
             self._streams = {at: s for at, s in self._streams.items() if at[0] != peer}
             for (device, _), addr in self._maps.pop(peer, {}).items():
                 with torch.cuda.device(device), suppress(TransportError):
-                    _driver("cuIpcCloseMemHandle", addr)
+                    cuda_driver.call("cuIpcCloseMemHandle", addr)
         self._carrier.remove_peer(peer)
 
     def prepare(
@@ -244,14 +220,10 @@ class CudaIpcTransport(Transport):
             logger.info("CUDA IPC to %s: %d copies", peer, write.descriptors)
             return write
 
-    def _mapped(self, peer: str, offer: _Offer, ops: Sequence[WriteOp]) -> _Batch:
+    def _mapped(self, peer: str, offer: _Offer, ops: Sequence[WriteOp]) -> Batch:
         """The copies that the current device makes."""
         device = torch.cuda.current_device()
-        (version,) = _driver("cuDriverGetVersion")
-        if version < _LEAST_DRIVER:
-            raise TransportError(f"the CUDA driver is of version {version}, no {_LEAST_DRIVER}")
-        from cuda.bindings import driver
-
+        cuda_driver.check_version()
         bases = [each.base for each in offer.allocations]
         known = self._maps.setdefault(peer, {})
         to = []
@@ -263,12 +235,10 @@ class CudaIpcTransport(Transport):
             here = found.base
             if offer.process != _PROCESS:
                 if (device, found.base) not in known:
-                    known[device, found.base] = _open(found.handle)
+                    known[device, found.base] = cuda_driver.map_here(found)
                 here = known[device, found.base]
-            to.append(driver.CUdeviceptr(here + op.remote_addr - found.base))
-        return _Batch(
-            to, [driver.CUdeviceptr(op.local_addr) for op in ops], [op.nbytes for op in ops]
-        )
+            to.append(here + op.remote_addr - found.base)
+        return Batch.of_addresses(to, [op.local_addr for op in ops], [op.nbytes for op in ops])
 
     def post(self, write: PreparedWrite, notification: bytes) -> None:
         """See :meth:`Transport.post`.  Queues the copies; they wait for no work of torch's."""
@@ -284,7 +254,7 @@ class CudaIpcTransport(Transport):
             write.message = notification
             write.copying = True
             try:
-                _copy(write.copies, write.stream)
+                write.copies.queue(write.stream)
             except TransportError as error:
                 write.error = error
                 raise
@@ -387,65 +357,3 @@ def _has_copied(write: _Write) -> bool:
             hint="CUDA refuses all later calls of this process after most errors: look at its log",
             peer=write.peer,
         ) from error
-
-
-def _copy(copies: _Batch, stream: torch.cuda.Stream) -> None:
-    """Queue the copies; their order among each other is open."""
-    if not copies.sizes:
-        return
-    from cuda.bindings import driver
-
-    plain = driver.CUmemcpyAttributes()
-    plain.srcAccessOrder = driver.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
-    with torch.cuda.device(stream.device):
-        _driver(
-            "cuMemcpyBatchAsync",
-            *(copies.to, copies.of, copies.sizes, len(copies.sizes)),
-            *([plain], [0], 1, stream.cuda_stream),
-        )
-
-
-def _export(memory: Sequence[LocalMemory]) -> tuple[_Allocation, ...]:
-    """The allocations that hold this memory, in order, as far as CUDA gives handles for them."""
-    found: dict[int, _Allocation] = {}
-    stop = 0
-    for one in sorted(memory, key=lambda m: m.addr):
-        if one.addr < stop:
-            continue
-        try:
-            with torch.cuda.device(one.device_id):
-                base, nbytes = (int(v) for v in _driver("cuMemGetAddressRange", one.addr))
-                (handle,) = _driver("cuIpcGetMemHandle", base)
-        except TransportError as error:
-            logger.info("memory at %#x cannot be mapped by others: %s", one.addr, error)
-            continue
-        stop = base + nbytes
-        found[base] = _Allocation(base, nbytes, bytes(handle.reserved))
-    return tuple(found.values())
-
-
-def _open(handle: bytes) -> int:
-    """Where another process's allocation is mapped, for the current device."""
-    from cuda.bindings import driver
-
-    opaque = driver.CUipcMemHandle()
-    opaque.reserved = handle
-    flag = driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
-    (addr,) = _driver("cuIpcOpenMemHandle", opaque, flag.value)
-    return int(addr)
-
-
-def _driver(name: str, *args: object) -> tuple[Any, ...]:
-    """What a call of the CUDA driver returns.
-
-    Raises:
-        TransportError: Whatever it says, or there is no binding (it comes with torch for CUDA).
-    """
-    try:
-        from cuda.bindings import driver
-    except ImportError as error:
-        raise TransportError(f"no binding of the CUDA driver: {error}") from error
-    code, *values = getattr(driver, name)(*args)
-    if code != driver.CUresult.CUDA_SUCCESS:
-        raise TransportError(f"{name} failed: {code.name}")
-    return tuple(values)
