@@ -26,6 +26,7 @@ from importlib.util import find_spec
 import torch
 
 from weightsync import digest_cpu
+from weightsync.ahead import Ahead
 from weightsync.errors import InputError
 
 DIGEST_NBYTES = 16
@@ -76,13 +77,16 @@ def digests(pieces: Sequence[torch.Tensor]) -> list[bytes]:
 
 
 def scan(
-    pieces: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype] | None
+    pieces: Sequence[torch.Tensor],
+    dtypes: Sequence[torch.dtype] | None,
+    ahead: Ahead | None = None,
 ) -> tuple[list[bytes], bool]:
     """:func:`digests`, and whether every value is finite, in the same pass.
 
     Args:
         pieces: See :func:`digests`.
         dtypes: Of the values in each piece; ``None``: nobody asks.
+        ahead: Made of these pieces, with the sums of some.
 
     Returns:
         The digests, and whether no value is NaN or infinite (True where nobody asks).
@@ -103,9 +107,9 @@ def scan(
         from weightsync import digest_triton
 
         if dtypes is None or all(map(digest_triton.knows, dtypes)):
-            sums, full = digest_triton.scan(pieces, dtypes)
+            sums, full = digest_triton.scan(pieces, dtypes, ahead)
             _rest_until_done(device)
-            return _packed(sums), not full.item()
+            return _packed(sums), dtypes is None or not full.item()
     flags = [
         all_finite(p.view(dtype))
         for p, dtype in zip(pieces, dtypes or (), strict=dtypes is not None)
