@@ -106,8 +106,8 @@ class _Write(PreparedWrite):
 class NixlTransport(Transport):
     """One NIXL agent with its UCX backend.  Create few: each takes half a second and some memory.
 
-    After a deadline a write may still be landing: close it, and remove the peer before the memory
-    at either end is used for anything else.
+    After a deadline a write may still be landing: close it here; at the far end only ``close``
+    keeps it out over TCP, neither removing the peer nor deregistering does (docs/failure-model.md).
 
     Args:
         label: Start of the name, for people; a uuid follows, so a name is never used twice (WS-8).
