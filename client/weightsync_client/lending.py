@@ -21,6 +21,7 @@ from weightsync.manifest import Manifest
 from weightsync.plan import TransportPlan
 from weightsync.transport.base import LocalMemory
 from weightsync_client.converted import ConvertedSource
+from weightsync_client.quantized import QuantizedSource
 from weightsync_client.source import StateDictSource, WeightSource, dtype_name
 from weightsync_client.structure import PreparedSource
 
@@ -171,9 +172,12 @@ class Loan:
 
 def _held(source: WeightSource | None) -> Iterator[tuple[Key, torch.Tensor]]:
     """Every box of a source that keeps its tensors, all at the same time."""
+    made: Collection[str] = ()
+    if isinstance(source, QuantizedSource):
+        made, source = source.chosen, source.given
     if isinstance(source, StateDictSource | ConvertedSource):
         for name, boxes in source.holdings().items():
-            for box in range(len(boxes)):
+            for box in range(len(boxes)) if name not in made else ():
                 yield (name, box), source.local(name, box)
 
 

@@ -59,6 +59,7 @@ class QuantizedSource:
 
     Attributes:
         given: The other source.
+        chosen: Its tensors that are quantised, by name.
 
     Raises:
         ManifestError: The source has a tensor of the name that a scale would get.
@@ -69,7 +70,7 @@ class QuantizedSource:
         self._spec = spec
         self._given = tuple(source.manifest())
         chosen = spec.select(self._given)
-        self._chosen = {t.name: t for t in self._given if t.name in chosen}
+        self.chosen = {t.name: t for t in self._given if t.name in chosen}
         self._keys: dict[_Form, list[Key]] = {}
         self._places: dict[Key, tuple[_Form, int]] = {}
         self._boxes: dict[Key, Box] = {}
@@ -93,12 +94,12 @@ class QuantizedSource:
 
     def _declare(self, tensor: TensorSpec) -> None:
         name, alias = tensor.name, tensor.alias_of
-        if name not in self._chosen:
+        if name not in self.chosen:
             self._tensors.append(
-                TensorSpec(name, tensor.dtype, tensor.shape, "" if alias in self._chosen else alias)
+                TensorSpec(name, tensor.dtype, tensor.shape, "" if alias in self.chosen else alias)
             )
             return
-        alias = alias if alias in self._chosen else ""
+        alias = alias if alias in self.chosen else ""
         grid = tuple(-(-n // BLOCK) for n in tensor.shape)
         scales = f"{name}_scale_inv"
         self._tensors += [
@@ -144,7 +145,7 @@ class QuantizedSource:
         Raises:
             InputError: The other source's values have not the shape that it declared.
         """
-        if name in self._chosen:
+        if name in self.chosen:
             return self._fp8((name, box_index))
         if name not in self._parts:
             return self.given.local(name, box_index)
@@ -169,7 +170,7 @@ class QuantizedSource:
         borders = []
         for batch, amax in queued:  # all were launched before the first is waited for
             for key, found in zip(batch, amax.cpu().numpy(), strict=True):
-                shape, box = self._chosen[key[0]].shape, self._boxes[key]
+                shape, box = self.chosen[key[0]].shape, self._boxes[key]
                 self._amax[key] = found
                 cut = found[cut_blocks(shape, box)]
                 borders.append(Border(key[0], (shape[0], shape[1]), box, cut.tobytes()))
@@ -185,7 +186,7 @@ class QuantizedSource:
             return
         by_device: dict[torch.device, list[Key]] = {}
         for key, amax in self._amax.items():
-            shape, box = self._chosen[key[0]].shape, self._boxes[key]
+            shape, box = self.chosen[key[0]].shape, self._boxes[key]
             cut = cut_blocks(shape, box)
             whole = grid_of(self._merged[key[0]], shape)
             amax[cut] = whole[touched_blocks(box.shape, box.lo)][cut]
@@ -202,7 +203,7 @@ class QuantizedSource:
 
     def makes(self, name: str) -> Literal["values", "scales"] | None:
         """What a tensor is; None: the other source's own."""
-        if name in self._chosen:
+        if name in self.chosen:
             return "values"
         return "scales" if name in self._parts else None
 

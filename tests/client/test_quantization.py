@@ -133,6 +133,26 @@ def test_the_engine_gets_what_a_checkpoint_of_fp8_has(
     assert agent.calls.count("/init_transfer") == 1
 
 
+def test_what_is_not_quantised_is_written_from_where_it_is(
+    agent: Agent, make_publisher: Callable[..., Any], weights: dict[str, torch.Tensor]
+) -> None:
+    """Once it lies elsewhere it is copied: the bytes are those of that moment in every push."""
+    embeddings = torch.randn(400, 150).bfloat16()
+    given = {**weights, "embed_tokens.weight": embeddings}
+    publisher = make_publisher(agent, quantization=QuantizationSpec(), zero_copy_bytes=1024)
+    for push in range(3):
+        if push == 2:
+            given["embed_tokens.weight"] = embeddings = torch.randn(400, 150).bfloat16()
+        publisher.push(given)
+        session = publisher._held.session
+        assert session is not None
+        lent = {name for name, _ in session.slots._loan.lent}
+        assert lent == ({"embed_tokens.weight"} if push < 2 else set())
+        assert arrived(agent, {**as_fp8(weights), "embed_tokens.weight": embeddings})
+        for tensor in given.values():
+            tensor.mul_(torch.rand(tensor.shape) * 3)
+
+
 def test_tied_matrices_are_quantised_once(agent: Agent, make_publisher: Make) -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"a": nn.Linear(130, 140, bias=False), "b": nn.Linear(130, 140, False)})
