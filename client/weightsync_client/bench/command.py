@@ -17,7 +17,8 @@ from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
 from weightsync.errors import InputError, WeightSyncError
-from weightsync_client.bench.gpu import CASES, MAY_LACK, GpuOptions, run_gpu
+from weightsync_client.bench.gpu import run_gpu
+from weightsync_client.bench.gpu_options import CASES, MAY_LACK, GpuOptions
 from weightsync_client.bench.loopback import LoopbackOptions, run_loopback
 from weightsync_client.bench.plan import PlanOptions, run_plan
 from weightsync_client.bench.view import markdown, tables

@@ -11,15 +11,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any
 
 from weightsync.errors import InputError, WeightSyncError
 from weightsync_client.bench import models
 from weightsync_client.bench.baselines import Baselines, VllmNccl
 from weightsync_client.bench.engine import Engine
 from weightsync_client.bench.figures import Case, Figures, run_rounds
+from weightsync_client.bench.gpu_options import GpuOptions
 from weightsync_client.bench.gpu_targets import judge
 from weightsync_client.bench.loopback import push_seconds
 from weightsync_client.bench.part import Job, Part
@@ -28,12 +27,6 @@ from weightsync_client.demo.options import DemoOptions
 from weightsync_client.demo.processes import Deadline, Processes
 from weightsync_client.demo.stack import engine_environ
 
-CaseName = Literal[
-    "dense", "expandable", "slots", "cpu", "shadow", "moe", "fp8", "split", "vllm_nccl"
-]
-CASES: tuple[CaseName, ...] = get_args(CaseName)
-#: cases that need more GPUs than some machines have: their absence is no failure
-MAY_LACK: frozenset[str] = frozenset({"vllm_nccl", "split"})
 #: what a case other than ``dense`` keeps of a push
 _KEPT = ("push", "write", "paused", "paused_beyond_write", "fill", "commit")
 _ALONE = "NCCL needs a GPU for each process"
@@ -43,23 +36,6 @@ _START_S = 240.0
 _MAKE_S = 120.0
 _SWEEP_NBYTES = _ALONE_NBYTES = 4 << 30
 _SWEEP_REPEATS = 5
-
-
-class GpuOptions(BaseModel):
-    """One run of ``bench gpu``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    rounds: Annotated[int, Field(ge=2, le=1000)] = 10
-    """Pushes of each case that count."""
-    warmup: Annotated[int, Field(ge=1, le=100)] = 2
-    """Pushes before them.  The first is proven through the engine's own loader."""
-    cases: Annotated[tuple[CaseName, ...], Field(min_length=1)] = CASES
-    """What is measured."""
-    timeout_s: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] = 450.0
-    """Seconds for the whole benchmark (WS-6)."""
-    device: Literal["cuda", "cpu"] = "cuda"
-    """``cpu`` runs the same cases with tiny models and the embedded engine: a test of this file."""
 
 
 def run_gpu(
