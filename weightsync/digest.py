@@ -29,7 +29,6 @@ from weightsync import digest_cpu
 from weightsync.ahead import Ahead
 from weightsync.errors import InputError
 
-DIGEST_NBYTES = 16
 _WORD_NBYTES = 8
 _CHUNK_WORDS = 1 << 20
 _REST_S = 50e-6
