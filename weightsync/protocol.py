@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from weightsync.manifest import Manifest, TensorSpec
 from weightsync.process import Writer
@@ -27,6 +27,12 @@ Version = Annotated[int, Field(ge=0, lt=1 << 62)]
 PauseMode = Literal["keep", "wait", "abort"]
 #: whether a push lands in live memory or beside it
 PushMode = Literal["direct", "shadow"]
+
+
+def faults(error: ValidationError) -> str:
+    """Where the first mistakes of a message are, in one line; what was sent is not repeated."""
+    wrong = error.errors(include_url=False, include_input=False)[:4]
+    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}" for e in wrong)
 
 
 class Message(BaseModel):

@@ -28,7 +28,7 @@ from weightsync.errors import (
     WeightSyncError,
     from_problem,
 )
-from weightsync.protocol import SESSION_SECRET_HEADER, Message
+from weightsync.protocol import SESSION_SECRET_HEADER, Message, faults
 from weightsync_client.bearer import Bearer, Token
 from weightsync_client.settings import Deadlines
 from weightsync_client.threads import DaemonPool, wait_for_all
@@ -92,7 +92,8 @@ class Agent:
             return kind.model_validate(answer)
         except pydantic.ValidationError as error:
             raise ProtocolMismatchError(
-                f"agent {self.url} answered POST {path} with what is no {kind.__name__}: {error}",
+                f"agent {self.url} answered POST {path} with what is no {kind.__name__}: "
+                f"{faults(error)}",
                 hint="trainer and agent must have the same version of weightsync",
                 agent=self.url,
             ) from error

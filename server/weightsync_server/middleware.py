@@ -29,7 +29,14 @@ from weightsync.errors import (
     StateError,
     WeightSyncError,
 )
-from weightsync.protocol import PROTOCOL_VERSION, Message, PauseMode, Seconds, WorkerCommand
+from weightsync.protocol import (
+    PROTOCOL_VERSION,
+    Message,
+    PauseMode,
+    Seconds,
+    WorkerCommand,
+    faults,
+)
 from weightsync_server.engines import vllm_compat as compat
 from weightsync_server.same_host import is_from_same_host
 from weightsync_server.secret import HEADER, load_secret, same_secret
@@ -235,6 +242,6 @@ def _parsed(kind: type[M], raw: bytes) -> M:
         return kind.model_validate_json(raw)
     except pydantic.ValidationError as error:
         raise InputError(
-            f"not a {kind.__name__}: {error}",
+            f"not a {kind.__name__}: {faults(error)}",
             hint="agent and engine must have the same version of weightsync",
         ) from error

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from weightsync.codec import pack, unpack
 from weightsync.errors import EngineError, InputError, WeightSyncError
-from weightsync.protocol import WorkerCommand, WorkerReply
+from weightsync.protocol import WorkerCommand, WorkerReply, faults
 from weightsync.topology import cuda_address
 from weightsync.transport.base import Transport
 from weightsync.worker_messages import (
@@ -94,7 +94,7 @@ class WorkerEndpoint:
         try:
             message = WorkerCommand.model_validate_json(command)
         except ValidationError as error:
-            raise InputError(f"not a worker command: {error}") from error
+            raise InputError(f"not a worker command: {faults(error)}") from error
         adapter = self.receiver.adapter
         adapter.place = dataclasses.replace(adapter.place, engine=message.engine)
         body, problem = "", None
