@@ -60,6 +60,15 @@ def this_process() -> Writer | None:
     return Writer(host, namespace, os.getpid(), started)
 
 
+def lives_since(pid: int) -> int | None:
+    """The tick that a process of this namespace started at; None: none lives, or nobody tells."""
+    try:
+        stat = _stat(pid)
+        return None if stat[_STATE] in "ZX" else int(stat[_STARTED])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 def may_write_here(writer: Writer) -> bool:
     """Whether a process could still write into memory of this one without its help.
 

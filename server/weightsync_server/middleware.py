@@ -9,10 +9,12 @@ are the agent's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import uuid
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
 import pydantic
@@ -26,7 +28,6 @@ from weightsync.errors import (
     DeadlineError,
     EngineError,
     InputError,
-    StateError,
     WeightSyncError,
 )
 from weightsync.protocol import (
@@ -40,6 +41,7 @@ from weightsync.protocol import (
 from weightsync_server.engines import vllm_compat as compat
 from weightsync_server.same_host import is_from_same_host
 from weightsync_server.secret import HEADER, load_secret, same_secret
+from weightsync_server.turns import Turns, server_turns
 
 PREFIX = "/weightsync/"
 #: bytes of one command; the agent's own limit is lower
@@ -80,7 +82,7 @@ class WeightsyncMiddleware:
         self._app = app
         self._secret = load_secret() if secret is None else secret
         self._instance = uuid.uuid4().hex
-        self._turns = 0
+        self._turns: Turns | None = None
         self._identity: compat.EngineIdentity | None = None
         self._routes: dict[tuple[str, str], Callable[[Request, Any], Awaitable[dict[str, Any]]]] = {
             ("GET", "info"): self._info,
@@ -154,42 +156,28 @@ class WeightsyncMiddleware:
 
     async def _is_paused(self, _request: Request, client: Any) -> dict[str, Any]:
         # Who asks decides by the answer: what was sent before, and is heard later, is void.
-        turn = self._take(None)
-        paused = await _within(compat.is_paused(client), CALL_TIMEOUT_S, "is_paused")
+        async with self._take(client, None, CALL_TIMEOUT_S) as turn:
+            paused = await _within(compat.is_paused(client), CALL_TIMEOUT_S, "is_paused")
         return {"is_paused": paused, "turn": turn}
 
     async def _pause(self, request: Request, client: Any) -> dict[str, Any]:
         ask = _parsed(EnginePauseRequest, await _body(request))
-        turn = self._take(ask.turn)
-        await _within(compat.pause(client, ask.mode), ask.timeout_s, f"pause ({ask.mode})")
+        async with self._take(client, ask.turn, ask.timeout_s) as turn:
+            await _within(compat.pause(client, ask.mode), ask.timeout_s, f"pause ({ask.mode})")
         return {"is_paused": True, "turn": turn}
 
     async def _resume(self, request: Request, client: Any) -> dict[str, Any]:
-        turn = self._take(_parsed(EngineResumeRequest, await _body(request) or b"{}").turn)
-        await _within(compat.resume(client), CALL_TIMEOUT_S, "resume")
+        ask = _parsed(EngineResumeRequest, await _body(request) or b"{}")
+        async with self._take(client, ask.turn, CALL_TIMEOUT_S) as turn:
+            await _within(compat.resume(client), CALL_TIMEOUT_S, "resume")
         return {"is_paused": False, "turn": turn}
 
-    @property
-    def _turn(self) -> str:
-        return f"{self._instance}:{self._turns}"
-
-    def _take(self, asked: str | None) -> str:
-        """Let a pause or resume have its turn; the next one's name.
-
-        Raises:
-            StateError: It was sent before the last one was heard.
-        """
-        self._check_turn(asked)
-        self._turns += 1
-        return self._turn
-
-    def _check_turn(self, asked: str | None) -> None:
-        # Another server process of this engine counts for itself; it cannot be compared with.
-        if asked is not None and asked.startswith(self._instance) and asked != self._turn:
-            raise StateError(
-                "the engine was paused or resumed after this was sent",
-                hint="ask is_paused, and decide again",
-            )
+    def _take(
+        self, client: Any, asked: str | None, timeout_s: float, *, last: bool = False
+    ) -> AbstractAsyncContextManager[str]:
+        if self._turns is None:
+            self._turns = server_turns(compat.server_processes(client))
+        return self._turns.take(asked, timeout_s, last=last)
 
     async def _reset_prefix_cache(self, _request: Request, client: Any) -> dict[str, Any]:
         await _within(compat.reset_caches(client), CALL_TIMEOUT_S, "reset_prefix_cache")
@@ -201,13 +189,16 @@ class WeightsyncMiddleware:
             command = _parsed(WorkerCommand, raw)
         else:
             command = await asyncio.to_thread(_parsed, WorkerCommand, raw)
-        # a rollback or reload changes live weights: heard late, the engine may run again (WS-1)
-        self._check_turn(command.turn)
-        await _within(
-            compat.call_workers(client, raw.decode(), command.timeout_s),
-            command.timeout_s,
-            f"the workers' {command.op}",
-        )
+        async with contextlib.AsyncExitStack() as turn:
+            if command.turn is not None:
+                # a rollback or reload changes live weights: heard late, the engine may run (WS-1)
+                taken = self._take(client, command.turn, command.timeout_s, last=True)
+                await turn.enter_async_context(taken)
+            await _within(
+                compat.call_workers(client, raw.decode(), command.timeout_s),
+                command.timeout_s,
+                f"the workers' {command.op}",
+            )
         return {"call_id": command.call_id}
 
 

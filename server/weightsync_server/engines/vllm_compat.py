@@ -79,6 +79,12 @@ def identify(client: Any) -> EngineIdentity:
     )
 
 
+def server_processes(client: Any) -> int:
+    """How many API server processes lead the engine (``--api-server-count``)."""
+    parallel = getattr(getattr(client, "vllm_config", None), "parallel_config", None)
+    return int(getattr(parallel, "_api_process_count", 1))
+
+
 async def pause(client: Any, mode: PauseMode) -> None:
     """Stop generation and wait until the engine is drained.  Caches stay: see ``reset_caches``."""
     # an aborted push must cost nothing, so the caches are kept until new weights are there
