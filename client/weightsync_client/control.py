@@ -334,7 +334,7 @@ def checked_urls(urls: Sequence[str]) -> tuple[str, ...]:
     if not checked or len(set(checked)) != len(checked):
         raise InputError(
             f"agents must be one or more different addresses, got {list(urls)}",
-            hint='for example Publisher(["http://127.0.0.1:9100"])',
+            hint="name each once, as http://127.0.0.1:9100",
         )
     return checked
 

@@ -18,7 +18,7 @@ def test_both_ends_are_examined_and_a_write_is_measured(stack: Stack, run: Run) 
     found = {f["id"]: f for f in done.json["findings"]}
     assert all(f.keys() == FIELDS and f["what"] and f["why"] for f in found.values())
     assert {f["severity"] for f in found.values()} <= {"ok", "warn", "fail"}
-    for name in ("reachable", "version", "state", "workers", "clock"):
+    for name in ("reachable", "version", "state", "journal", "workers", "packing", "clock"):
         assert found[f"agent.{name}"]["severity"] == "ok"
         assert found[f"agent.{name}"]["where"] == stack.agent.url
     assert found["engine.middleware"]["severity"] == "ok"

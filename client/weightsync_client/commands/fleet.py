@@ -118,7 +118,11 @@ def _serves(answer: Answer) -> bool:
 
 
 def _watch(look: Callable[[], list[Answer]], interval_s: float) -> None:
-    with Live(watched(look(), time.time()), auto_refresh=False) as live:
+    console = Console()
+    while not console.is_terminal:  # a file or a pipe gets one look after the other
+        console.print(watched(look(), time.time()))
+        time.sleep(interval_s)
+    with Live(watched(look(), time.time()), console=console, auto_refresh=False) as live:
         while True:
             time.sleep(interval_s)
             live.update(watched(look(), time.time()), refresh=True)

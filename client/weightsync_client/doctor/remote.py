@@ -104,6 +104,17 @@ def _engines(status: dict[str, Any], where: str) -> Iterator[Finding]:
         direct = sum(int(w.get("direct", 0)) for w in workers)
         what = f"{names}: {len(workers)} workers answer; {direct} tensors direct, {staged} staged"
         yield Finding("agent.workers", "ok", what, why, where=where)
+        packing = (
+            f"{staged} tensors are packed by the engine: each commit makes them again"
+            if staged
+            else "the engine packs nothing: every tensor is written in place"
+        )
+        yield Finding(
+            "agent.packing", "ok", packing,
+            "packing takes memory beside the model, and time of the pause; on CPU "
+            "WEIGHTSYNC_VLLM_CPU_PLAIN=1 keeps vLLM from it",
+            where=where,
+        )  # fmt: skip
     for engine in status.get("engines", ()):
         for text in engine.get("warnings", ()):
             yield Finding(
