@@ -19,10 +19,12 @@ from tests.support.stack import AtPhase, wait_until
 from weightsync.errors import EngineError, TransportError, WeightSyncError
 from weightsync.transport.nixl import NixlTransport
 from weightsync_client import Deadlines, Publisher
+from weightsync_client.demo import stack as demo_stack
 from weightsync_client.demo.ask import make_prompts
 from weightsync_client.demo.options import DemoOptions
 from weightsync_client.demo.processes import Deadline, Processes, end_all
 from weightsync_client.demo.stack import Stack, engine_command, engine_environ, shared_environ
+from weightsync_server.secret import ENV, HEADER
 
 pytestmark = [pytest.mark.nixl, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -30,6 +32,15 @@ ROOT = Path(__file__).parents[2]
 CONTEXT = 128
 #: what a dead engine may cost the trainer
 QUICK = Deadlines(write_s=10, begin_s=10, commit_s=20, abort_s=10)
+#: ``vllm serve``, whose own entry wants a distribution of that name: the one for CPU has another
+SERVE = """
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+parser, command = FlexibleArgumentParser(), ServeSubcommand()
+command.subparser_init(parser.add_subparsers(dest="subparser"))
+command.cmd(parser.parse_args())
+"""
 
 
 class Vllm:
@@ -74,7 +85,9 @@ class Vllm:
 def running(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: int) -> Iterator[Vllm]:
     folders = [ROOT, ROOT / "server", ROOT / "client", os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
-    with Processes(folder, shared_environ(os.environ)) as processes:
+    environ = shared_environ(os.environ)
+    monkeypatch.setenv(ENV, environ[ENV])
+    with Processes(folder, environ) as processes:
         vllm = Vllm(DemoOptions(**options), processes, folder)
         try:
             yield vllm
@@ -155,3 +168,40 @@ def test_a_torn_vllm_serves_its_checkpoint_again_after_a_reload(
         assert vllm.held() == first
         vllm.push(1)
         assert vllm.held() == second
+
+
+def test_two_api_servers_of_vllm_take_a_push_and_count_its_pauses_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def two_servers(options: DemoOptions, model: Path, port: int, context: int) -> list[str]:
+        python, _, _, *rest = engine_command(options, model, port, context)
+        return [python, "-c", SERVE, "serve", str(model), *rest[2:], "--api-server-count", "2"]
+
+    monkeypatch.setattr(demo_stack, "engine_command", two_servers)
+    with running(tmp_path, monkeypatch) as vllm:
+        url = f"{vllm.stack.engine_urls[0]}/weightsync/"
+        headers = {HEADER: os.environ[ENV]}
+
+        def ask(name: str, **body: str) -> dict[str, object]:
+            # a connection of its own: the kernel chooses a process for each
+            with httpx.Client(trust_env=False, timeout=30, headers=headers) as http:
+                answer = http.post(url + name, json=body) if body else http.get(url + name)
+                return dict(answer.json())
+
+        servers = {ask("info")["instance"] for _ in range(30)}
+        assert len(servers) == 2
+        turns = [str(ask("is_paused")["turn"]).rpartition(":") for _ in range(10)]
+        assert len({engine for engine, _, _ in turns}) == 1
+        counts = [int(count) for _, _, count in turns]
+        assert counts == list(range(counts[0], counts[0] + 10))
+        late = str(ask("is_paused")["turn"])
+        vllm.progress.hooks["commit"] = lambda: refused.extend(
+            ask("resume", turn=late).get("code") for _ in range(8)
+        )
+        refused: list[object] = []
+        first = vllm.held()
+        vllm.push(1)
+        assert refused == ["illegal_state"] * 8
+        assert vllm.held() != first
+        vllm.push(0)
+        assert vllm.held() == first
