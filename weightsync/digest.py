@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 import torch
@@ -64,21 +64,28 @@ def digest_sums(data: torch.Tensor) -> torch.Tensor:
     return sums
 
 
-def digests(pieces: Sequence[torch.Tensor]) -> list[bytes]:
+def digests(
+    pieces: Sequence[torch.Tensor], meanwhile: Callable[[], object] = lambda: None
+) -> list[bytes]:
     """The 16-byte digest of each flat contiguous uint8 tensor, all on one device; one host sync.
 
     Any start address and any number of bytes will do; multiples of 16 are the fastest on a GPU.
 
+    Args:
+        pieces: The tensors.
+        meanwhile: Called once: while a GPU computes, where one does.
+
     Raises:
         InputError: A piece is not flat contiguous uint8, or lies on another device than the first.
     """
-    return scan(pieces, None)[0]
+    return scan(pieces, None, meanwhile=meanwhile)[0]
 
 
 def scan(
     pieces: Sequence[torch.Tensor],
     dtypes: Sequence[torch.dtype] | None,
     ahead: Ahead | None = None,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> tuple[list[bytes], bool]:
     """:func:`digests`, and whether every value is finite, in the same pass.
 
@@ -86,11 +93,13 @@ def scan(
         pieces: See :func:`digests`.
         dtypes: Of the values in each piece; ``None``: nobody asks.
         ahead: Made of these pieces, with the sums of some.
+        meanwhile: See :func:`digests`.
 
     Returns:
         The digests, and whether no value is NaN or infinite (True where nobody asks).
     """
     if not pieces:
+        meanwhile()
         return [], True
     device = pieces[0].device
     for p in pieces:
@@ -101,13 +110,18 @@ def scan(
                 hint="view the memory as bytes first",
             )
     if device.type == "cpu":
+        meanwhile()
         return digest_cpu.scan(pieces, dtypes)
     if device.type == "cuda" and find_spec("triton") is not None:
         from weightsync import digest_triton
 
         if dtypes is None or all(map(digest_triton.knows, dtypes)):
             sums, full = digest_triton.scan(pieces, dtypes, ahead)
-            _rest_until_done(device)
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(device))
+            meanwhile()
+            while not done.query():  # CUDA's own wait keeps a core busy, which others have use for
+                time.sleep(_REST_S)
             return _packed(sums), dtypes is None or not full.item()
     flags = [
         all_finite(p.view(dtype))
@@ -115,15 +129,8 @@ def scan(
         if p.numel() and dtype.is_floating_point
     ]
     sums = torch.stack([digest_sums(p) for p in pieces])
+    meanwhile()
     return _packed(sums), bool(torch.stack(flags).all()) if flags else True
-
-
-def _rest_until_done(device: torch.device) -> None:
-    """CUDA's own wait keeps a core busy, which a trainer has other use for."""
-    done = torch.cuda.Event()
-    done.record(torch.cuda.current_stream(device))
-    while not done.query():
-        time.sleep(_REST_S)
 
 
 def _packed(sums: torch.Tensor) -> list[bytes]:

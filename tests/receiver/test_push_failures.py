@@ -87,6 +87,45 @@ def test_one_flipped_byte_is_found_and_its_tensor_named(engine):
     assert receiver.dirty
 
 
+def plain(folder: Path) -> ToyAdapter:
+    """An engine that is written to in place, all of it."""
+    start = {"weight": random_like(F32, 8, 8)}
+    return ToyAdapter(lambda: Bag(weight=torch.empty(8, 8)), start=start, folder=folder)
+
+
+@pytest.mark.parametrize("kind", [plain, staged_only], ids=["in place", "staged"])
+def test_what_is_derived_is_renewed_once_a_commit_after_all_is_written(kind, tmp_path, monkeypatch):
+    engine = kind(tmp_path)
+    seen = []
+    monkeypatch.setattr(engine, "refresh", lambda: seen.append(state_of(engine.live)))
+    _, trainer = new_pair(engine)
+    trainer.rendezvous({"weight": random_like(F32, 8, 8)})
+    for version in (1, 2):
+        trainer.push({"weight": random_like(F32, 8, 8, seed=version)}, version)
+        assert seen.pop() == state_of(engine.live)
+        assert not seen
+
+
+def test_a_digest_that_differs_is_told_before_what_failed_beside_it(tmp_path, monkeypatch):
+    engine = plain(tmp_path)
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(engine, "refresh", fail)
+    receiver, trainer = new_pair(engine)
+    trainer.rendezvous({"weight": random_like(F32, 8, 8)})
+    with pytest.raises(ZeroDivisionError):
+        trainer.push({"weight": random_like(F32, 8, 8, seed=1)}, 1)
+    assert (receiver.version, receiver.dirty) == (0, True)
+    receiver.abort(AbortBody("push-1"))
+    trainer.rendezvous({"weight": random_like(F32, 8, 8)})
+    trainer.fabric.inject(trainer.peer, Faults(torn_nbytes=100))
+    with pytest.raises(VerifyError):
+        trainer.push({"weight": random_like(F32, 8, 8, seed=2)}, 2)
+    assert (receiver.version, receiver.dirty) == (0, True)
+
+
 def test_missing_digests_are_no_proof(engine):
     _, trainer = new_pair(engine)
     trainer.rendezvous(weights())

@@ -28,6 +28,28 @@ LIVE = frozenset({"direct"})
 ALL = APART | LIVE
 
 
+class _Once:
+    """Makes a call the first time; what it raises is raised at the end."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._call = call
+        self._called = False
+        self._error: Exception | None = None
+
+    def __call__(self) -> None:
+        if not self._called:
+            self._called = True
+            try:
+                self._call()
+            except Exception as error:
+                self._error = error
+
+    def end(self) -> None:
+        self()
+        if self._error is not None:
+            raise self._error
+
+
 class Epoch:
     """Everything that is thrown away when an epoch ends (WS-8).
 
@@ -147,8 +169,25 @@ class Epoch:
                 hint="call /begin_update first",
             )
 
-    def check_landed(self, body: PrepareBody | CommitBody, laps: Laps) -> None:
+    @property
+    def plain(self) -> bool:
+        """Whether a commit installs nothing: all is written in place, and proven to be right so."""
+        in_place = all(unit.kind == "direct" for unit in self.proofs.units)
+        return self.proofs.proven and in_place and set(self._modes) == {"direct"}
+
+    def check_landed(
+        self,
+        body: PrepareBody | CommitBody,
+        laps: Laps,
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> None:
         """Wait for the writers and compare digests, but not again of what was ``prepared``.
+
+        Args:
+            body: Of the call.
+            laps: Told how long both took.
+            meanwhile: Called once all is written, while digests are computed; what it raises comes
+                after what they tell.
 
         Raises:
             DeadlineError: A writer did not report this version in time.
@@ -160,7 +199,10 @@ class Epoch:
         laps.end("writers")
         if due:
             rest = LIVE if self.prepared else ALL
-            self._check_digests(body.ranks, APART if isinstance(body, PrepareBody) else rest)
+            modes = APART if isinstance(body, PrepareBody) else rest
+            once = _Once(meanwhile)
+            self._check_digests(body.ranks, modes, once)
+            once.end()
         laps.end("digest")
 
     def _wait_for_writers(self, body: CommitBody | PrepareBody) -> None:
@@ -200,7 +242,12 @@ class Epoch:
             time.sleep(_POLL_S)
 
     def mismatches(
-        self, ranks: list[RankDigestsBody], modes: Collection[str], *, shadow: bool = True
+        self,
+        ranks: list[RankDigestsBody],
+        modes: Collection[str],
+        *,
+        shadow: bool = True,
+        meanwhile: Callable[[], object] = lambda: None,
     ) -> dict[int, list[tuple[int, int, int]]]:
         """The writes of each rank whose bytes in memory are not those that it sent.
 
@@ -208,6 +255,7 @@ class Epoch:
             ranks: The digests of all that they sent.
             modes: Of the regions to look at.
             shadow: Look at shadows; else at what serves.
+            meanwhile: Called while digests are computed, for each rank.
 
         Raises:
             VerifyError: Digests are missing.
@@ -224,26 +272,35 @@ class Epoch:
                     hint="trainer and agent must have the same version",
                 )
             here = [(w, d) for w, d in zip(writes, want, strict=True) if self._modes[w[0]] in modes]
-            got = self._digests([w for w, _ in here], shadow=shadow)
+            got = self._digests([w for w, _ in here], shadow=shadow, meanwhile=meanwhile)
             found[rank] = [w for (w, a), b in zip(here, got, strict=True) if a != b]
         return found
 
-    def _digests(self, writes: list[tuple[int, int, int]], *, shadow: bool) -> list[bytes]:
+    def _digests(
+        self,
+        writes: list[tuple[int, int, int]],
+        *,
+        shadow: bool,
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> list[bytes]:
         """One a write.  Buffers may lie in host memory while the live tensors are on a GPU."""
         pieces = [self.target.piece(*w, shadow=shadow) for w in writes]
         made: dict[int, bytes] = {}
         for device in {p.device for p in pieces}:
             of_device = [k for k, p in enumerate(pieces) if p.device == device]
-            made |= zip(of_device, digest.digests([pieces[k] for k in of_device]), strict=True)
+            here = digest.digests([pieces[k] for k in of_device], meanwhile)
+            made |= zip(of_device, here, strict=True)
         return [made[k] for k in range(len(pieces))]
 
-    def _check_digests(self, ranks: list[RankDigestsBody], modes: Collection[str]) -> None:
+    def _check_digests(
+        self, ranks: list[RankDigestsBody], modes: Collection[str], meanwhile: _Once
+    ) -> None:
         """Compare what has landed in regions of these modes with what the ranks sent.
 
         Raises:
             VerifyError: It differs.
         """
-        for rank, bad in self.mismatches(ranks, modes).items():
+        for rank, bad in self.mismatches(ranks, modes, meanwhile=meanwhile).items():
             if bad:
                 writes = self._writes[rank]
                 region = self.target.layout.regions[bad[0][0]].name
