@@ -119,6 +119,11 @@ def test_compose_is_taken_by_docker():
     assert done.returncode == 0, done.stderr
 
 
+def test_prometheus_takes_the_alerts():
+    done = run(tool("promtool"), "check", "rules", DEPLOY / "prometheus" / "alerts.yaml")
+    assert done.returncode == 0, done.stderr
+
+
 # ---------------------------------------------------------------- names that the code has
 
 
