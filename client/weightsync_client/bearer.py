@@ -31,8 +31,12 @@ class Bearer(httpx.Auth):
         else:
             check_token(token, "this publisher")
 
+    def header(self) -> str:
+        """What ``Authorization`` says."""
+        token = read_tokens(self._token)[0] if isinstance(self._token, Path) else self._token
+        return f"Bearer {token}"
+
     def auth_flow(self, request: httpx.Request) -> Iterator[httpx.Request]:  # type: ignore[override]
         """Httpx's: the request, with the header."""
-        token = read_tokens(self._token)[0] if isinstance(self._token, Path) else self._token
-        request.headers["Authorization"] = f"Bearer {token}"
+        request.headers["Authorization"] = self.header()
         yield request

@@ -33,6 +33,7 @@ from weightsync_client.bearer import Bearer, Token
 from weightsync_client.settings import Deadlines
 from weightsync_client.threads import DaemonPool, wait_for_all
 from weightsync_client.tls import tls_hint
+from weightsync_client.wire import Connections
 
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
@@ -59,7 +60,11 @@ class Agent:
     """One agent's calls.  ``url`` is what it is known by."""
 
     def __init__(
-        self, url: str, http: httpx.Client, deadlines: Deadlines, server_name: str | None = None
+        self,
+        url: str,
+        http: Connections | httpx.Client,
+        deadlines: Deadlines,
+        server_name: str | None = None,
     ) -> None:
         self.url = url
         self._http = http
@@ -106,7 +111,10 @@ class Agent:
         """
         try:
             with self._http.stream(
-                "GET", self.url + path, timeout=timeout_s, extensions=self._extensions
+                "GET",
+                self.url + path,
+                timeout=httpx.Timeout(timeout_s),
+                extensions=self._extensions,
             ) as response:
                 stream = response.extensions.get("network_stream")
                 tls = None if stream is None else stream.get_extra_info("ssl_object")
@@ -182,7 +190,7 @@ class Agent:
             for chunk in response.iter_bytes():
                 chunks.append(chunk)
                 nbytes += len(chunk)
-                # httpx's timeout starts anew with every chunk; this one does not (WS-6)
+                # the socket's timeout starts anew with every chunk; this one does not (WS-6)
                 if time.monotonic() > deadline:
                     raise httpx.ReadTimeout("the answer trickles")
                 if nbytes > MAX_ANSWER_NBYTES:
@@ -243,15 +251,12 @@ class Fleet:
         checked = () if urls is None else checked_urls(urls)
         # What it opens at its agents is its own: see weightsync.protocol.SESSION_SECRET_HEADER.
         headers = {SESSION_SECRET_HEADER: secrets.token_urlsafe(32)}
-        # The environment's proxies are for the internet, not for the fleet (trust_env).
-        self._http = httpx.Client(
-            headers=headers,
-            auth=Bearer(token) if token else None,
-            limits=httpx.Limits(max_keepalive_connections=None, keepalive_expiry=60.0),
-            trust_env=False,
-            verify=verify,
-            transport=transport,
-        )
+        bearer = Bearer(token) if token else None
+        self._http: Connections | httpx.Client
+        if transport is None:
+            self._http = Connections(headers, bearer, verify)
+        else:
+            self._http = httpx.Client(headers=headers, auth=bearer, transport=transport)
         self._threads = DaemonPool(MAX_THREADS, "weightsync")
         self.use(checked)
 

@@ -30,8 +30,12 @@ def recorded(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, b
 
 def repeat(stack: Stack, path: str, body: bytes) -> httpx.Response:
     """From the same trainer: a session is its own."""
-    http: httpx.Client = stack.publisher._held.fleet._http
-    return http.post(f"{stack.agent.url}{path}", content=body)
+    http = stack.publisher._held.fleet._http
+    with http.stream(
+        "POST", f"{stack.agent.url}{path}", content=body, timeout=httpx.Timeout(20), extensions={},
+        headers={"Content-Type": "application/json"},
+    ) as answer:  # fmt: skip
+        return httpx.Response(answer.status_code, content=b"".join(answer.iter_bytes()))
 
 
 def test_every_call_of_a_push_repeated_gets_the_same_answer_and_no_second_effect(
