@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 import pytest_asyncio
+import uvicorn.server
 from pydantic import SecretStr
 
 from weightsync.codec import pack
@@ -34,6 +35,21 @@ def _load_fake_engine():
 
 
 fake = _load_fake_engine()
+
+
+class Brisk:
+    """The asyncio of uvicorn, which sleeps 0.1 s whenever it shuts down: after every test here."""
+
+    def __getattr__(self, name: str):
+        return getattr(asyncio, name)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(min(seconds, 0.005))
+
+
+@pytest.fixture(autouse=True)
+def _brisk_servers(monkeypatch):
+    monkeypatch.setattr(uvicorn.server, "asyncio", Brisk())
 
 
 class QuietAgentServer(AgentServer, fake.QuietServer):

@@ -274,7 +274,7 @@ class FakeEngine:
             return {"pong": True}
 
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, timeout_graceful_shutdown=1, ws="none"
+            app, log_config=None, access_log=False, timeout_graceful_shutdown=0.1, ws="none"
         )
         sock = listening_socket(self.port)
         self.port = sock.getsockname()[1]
