@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
 
+from weightsync import __version__
 from weightsync.errors import InputError
 from weightsync.protocol import Seconds
 from weightsync.tokens import check_token, read_tokens
@@ -21,7 +23,13 @@ ENV_PREFIX = "WEIGHTSYNC_AGENT_"
 ENV_TOKEN = "WEIGHTSYNC_TOKEN"  # noqa: S105 - a variable's name
 
 
-EngineUrl = Annotated[str, Field(pattern=r"^https?://[^/?#\s]+$")]
+def _address(url: str) -> str:
+    if re.fullmatch(r"https?://[^/?#\s]+", url) is None:
+        raise ValueError(f"{url!r} is no engine's address: write it as http://HOST:PORT")
+    return url
+
+
+EngineUrl = Annotated[str, AfterValidator(_address)]
 
 
 class AgentSettings(BaseModel):
@@ -181,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"weightsync {__version__}")
     for name, field in AgentSettings.model_fields.items():
         if name == "token":
             continue
