@@ -147,7 +147,8 @@ class BeginRequest(Message):
     """``POST /begin_update``: the writes come next.
 
     ``mode`` ``direct``: the engine is paused.  ``shadow``: it may serve on; what is written before
-    the pause goes to shadow and staging memory alone.
+    the pause goes to shadow and staging memory alone.  ``pause``: pause the engine first, as
+    ``POST /pause`` of this push would; an error says in its context's ``step`` whose it is.
     """
 
     session: Id
@@ -157,6 +158,8 @@ class BeginRequest(Message):
     reset_prefix_cache: bool = True
     timeout_s: Seconds = 60.0
     mode: PushMode = "direct"
+    pause: PauseMode | None = None
+    pause_timeout_s: Seconds = 60.0
 
 
 class RankDigests(Message):
@@ -183,7 +186,8 @@ class PrepareRequest(Message):
 class CommitRequest(Message):
     """``POST /commit_update``: all writes have completed at the trainer.
 
-    ``ranks`` may be empty where all that was written was prepared.
+    ``ranks`` may be empty where all that was written was prepared.  ``resume``: resume the engine
+    then, as ``POST /resume`` of this push would; if that fails the answer's state is ``paused``.
     """
 
     session: Id
@@ -192,6 +196,7 @@ class CommitRequest(Message):
     version: Version
     ranks: list[RankDigests]
     timeout_s: Seconds = 300.0
+    resume: bool = False
 
 
 class AbortRequest(Message):

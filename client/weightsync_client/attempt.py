@@ -84,9 +84,9 @@ class Attempt:
             undo=self.undo,
         )  # fmt: skip
 
-    def enter(self, phase: str) -> None:
-        """End the phase that runs, and start the next."""
-        progress, now = self.settings.progress, time.perf_counter()
+    def enter(self, phase: str, *, ago_s: float = 0.0) -> None:
+        """End the phase that runs, and start the next; that was so many seconds ago."""
+        progress, now = self.settings.progress, time.perf_counter() - ago_s
         if self._phase in self.seconds:
             seconds = now - self._phase_started
             self.seconds[self._phase] += seconds  # a push whose shadow is partial writes twice

@@ -18,7 +18,10 @@ from weightsync_client.settings import Deadlines
 
 @dataclass(frozen=True, slots=True)
 class PushSettings:
-    """What is the same in every push of a publisher; :class:`Publisher` tells the meanings."""
+    """What is the same in every push of a publisher; :class:`Publisher` tells the meanings.
+
+    ``joined``: see :class:`weightsync_client.transaction.Transaction`.
+    """
 
     members: Members
     policy: Policy
@@ -34,6 +37,7 @@ class PushSettings:
     coalesce_nbytes: int
     lend_nbytes: int
     progress: Progress
+    joined: bool = True
 
 
 class Open:

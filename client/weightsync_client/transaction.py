@@ -68,6 +68,9 @@ class Transaction:
         pause_mode: What happens to running requests.
         reset_caches: Whether engines drop what they computed with other weights.
         recorder: Told of every call.
+        joined: One agent alone is asked to pause and begin in one call, and to commit and resume.
+            Several are not: all must have paused before one begins, and committed before one
+            resumes.
     """
 
     def __init__(
@@ -82,7 +85,9 @@ class Transaction:
         pause_mode: PauseMode,
         reset_caches: bool,
         recorder: Recorder,
+        joined: bool,
     ) -> None:
+        self.joined = joined and len(roster.agents) == 1
         self._recorder = recorder
         self._roster = roster
         self._members = dict(session.members)
@@ -144,6 +149,34 @@ class Transaction:
         self._roster.each("begin", call)
         self._heartbeat.start()
 
+    def pause_and_begin(self) -> float:
+        """Both in one call, of the one agent; the seconds since it had paused.
+
+        Raises:
+            WeightSyncError: As of :meth:`pause` and :meth:`begin`; ``step`` of its context tells
+                which, where the agent knows.
+        """
+
+        def call(agent: Agent) -> float:
+            before = self.stages[agent.url]
+            self.stages[agent.url] = Stage.BEGINNING
+            both = {"pause": self._pause_mode, "pause_timeout_s": self._deadlines.pause_s}
+            request = self._begin(agent).model_copy(update=both)
+            timeout_s = self._deadlines.pause_s + self._deadlines.begin_s
+            try:
+                answer = self._post(agent, "/begin_update", request, timeout_s)
+            except WeightSyncError as error:
+                if error.context.get("step") == "pause":  # nothing has begun
+                    refused = isinstance(error, StateError)
+                    self.stages[agent.url] = before if refused else Stage.PAUSING
+                raise
+            return answer.seconds.get("begin", 0.0)
+
+        self._heard_at = time.monotonic()
+        (begin_s,) = self._roster.each("begin", call).values()
+        self._heartbeat.start()
+        return begin_s
+
     def _post_begin(self, agent: Agent) -> None:
         self._post(agent, "/begin_update", self._begin(agent), self._deadlines.begin_s)
 
@@ -182,26 +215,34 @@ class Transaction:
             timeout_s=timeout_s,
         )
 
-    def commit(self, *, timeout_s: float) -> None:
+    def commit(self, *, timeout_s: float) -> float:
         """Make the version real everywhere.  Every write has completed.
+
+        Returns:
+            Seconds that it took the one agent to resume, too; 0: :meth:`resume` is still to come.
 
         Raises:
             VerifyError: The bytes at a worker are not those that were sent.
         """
 
-        def call(agent: Agent) -> None:
+        def call(agent: Agent) -> float:
             request = self._sent(CommitRequest, agent, timeout_s)
+            if self.joined:
+                request = request.model_copy(update={"resume": True})
             self.stages[agent.url] = Stage.COMMITTING
             answer = self._post(agent, "/commit_update", request, timeout_s)
-            self.stages[agent.url] = Stage.COMMITTED
-            self._seconds[agent.url] = answer.seconds
+            resumed = self.joined and answer.state == "ready"
+            self.stages[agent.url] = Stage.RESUMED if resumed else Stage.COMMITTED
+            self._seconds[agent.url] = dict(answer.seconds)
+            return self._seconds[agent.url].pop("resume", 0.0) if resumed else 0.0
 
         self._heartbeat.stop()
-        self._roster.each("commit", call)
+        return max(self._roster.each("commit", call).values())
 
     def resume(self) -> None:
         """Generate again everywhere, with the new weights."""
-        self._roster.each("resume", self._resume)
+        paused = [a for a in self._roster.present if self.stages[a.url] != Stage.RESUMED]
+        self._roster.each("resume", self._resume, paused)
 
     def outcomes(self) -> tuple[AgentOutcome, ...]:
         """What became of each agent, once those that were dropped have been told, or tried to."""

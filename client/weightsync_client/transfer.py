@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from weightsync.errors import NoSessionError
+from weightsync.errors import NoSessionError, WeightSyncError
 from weightsync.protocol import RankDigests
 from weightsync_client.attempt import Attempt
 from weightsync_client.policy import failures
@@ -136,16 +136,34 @@ class Transfer:
             pause_mode=attempt.settings.pause_mode,
             reset_caches=attempt.settings.reset_caches,
             recorder=attempt.recorder,
+            joined=attempt.settings.joined,
         )
-        if not self._waits:
-            attempt.enter("pause")
-            transaction.pause()
-        attempt.held.used(attempt.version)
-        attempt.enter("begin")
-        transaction.begin()
+        if transaction.joined and not self._waits:
+            self._pause_and_begin_at_once(transaction)
+        else:
+            if not self._waits:
+                attempt.enter("pause")
+                transaction.pause()
+            attempt.held.used(attempt.version)
+            attempt.enter("begin")
+            transaction.begin()
         attempt.enter("write")
         attempt.recorder.anchor = time.perf_counter()
         return [url for url in before if url not in roster.urls]
+
+    def _pause_and_begin_at_once(self, transaction: Transaction) -> None:
+        attempt = self._attempt
+        attempt.enter("pause")
+        try:
+            begin_s = transaction.pause_and_begin()
+        except WeightSyncError as error:
+            if error.context.get("step") == "begin":
+                attempt.enter("begin")
+            raise
+        finally:
+            if transaction.began:
+                attempt.held.used(attempt.version)
+        attempt.enter("begin", ago_s=begin_s)
 
     def _check_and_pause(self, parts: list[_Wrote], commit_s: float) -> list[str]:
         """Of a shadow that holds a part: it is written; the rest goes to live memory next."""
@@ -208,8 +226,8 @@ class Transfer:
             attempt.enter("pause")
             transaction.pause()
         attempt.enter("commit")
-        transaction.commit(timeout_s=commit_s)
-        attempt.enter("resume")
+        resumed_s = transaction.commit(timeout_s=commit_s)
+        attempt.enter("resume", ago_s=resumed_s)
         transaction.resume()
         attempt.enter("")
         paused_s = time.perf_counter() - attempt.paused_at

@@ -65,6 +65,29 @@ async def test_a_push_goes_on_through_a_restart_of_the_agent_before_begin(start,
     assert engine.client.ops.count("pause") == 2, "whether it stands still is not taken on trust"
 
 
+async def test_pause_and_begin_in_one_call_go_on_through_a_restart_in_between(
+    start, engine, trainer
+):
+    t = await trainer(await start()).rendezvous()
+    await t.pause()  # as far as the call came
+    t.agent = await start(wait="paused")
+    assert (await t.begin(1, pause="keep"))["state"] == "receiving"
+    assert engine.client.ops.count("pause") == 2, "whether it stands still is not taken on trust"
+    assert engine.client.ops.count("begin") == 1
+    assert (await t.commit(1, resume=True))["state"] == "ready"
+
+
+async def test_commit_and_resume_in_one_call_go_on_through_a_restart_in_between(
+    start, engine, trainer
+):
+    t = await trainer(await start()).rendezvous()
+    await t.begin(1, pause="keep")
+    await t.commit(1)  # as far as the call came
+    t.agent = await start(wait="paused")
+    assert (await t.commit(1, resume=True))["state"] == "ready"
+    assert engine.client.ops.count("commit") == 1
+
+
 async def test_a_session_stays_its_trainers_through_a_restart(start, trainer):
     t = trainer(await start())
     t.agent.http.headers["X-Weightsync-Session-Secret"] = "mine"

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -198,27 +199,53 @@ class Agent:
         if b'"released":' in body:  # what a rank says once its handles are gone
             self.released.append(p.AbortRequest.model_validate_json(body))
             return 200, self._reply().model_dump()
-        self.calls.append(path)
-        self.times.append((path, time.perf_counter()))
+        given = json.loads(body) if body else {}
         try:
             if self.token is not None and token != f"Bearer {self.token}":
+                self.calls.append(path)
                 raise AuthError("wrong token", hint="set WEIGHTSYNC_TOKEN")
-            if hook := self.before.get(path):
-                hook()
             if method == "GET":
+                self._step(path, None)
                 s = self.state
                 return 200, {
                     "state": s.phase, "version": s.version, "target": s.target,
                     "session": s.session, "epoch": s.epoch, "pause_owner": s.owner,
                 }  # fmt: skip
-            self.bodies[path] = json.loads(body)
-            with self.lock:
-                reply = getattr(self, path.strip("/"))(self.bodies[path])
-            if hook := self.after.get(path):
-                hook()
-            return 200, reply.model_dump()
+            return 200, self._steps(path, given).model_dump()
         except WeightSyncError as error:
             return error.status, error.to_problem()
+
+    def _steps(self, path: str, given: dict[str, Any]) -> Any:
+        """A call, and the one that it may bring along, each as if it came by itself."""
+        push = {"push_id": given.get("push_id")}
+        if pause := given.get("pause"):
+            step = "/pause"
+            try:
+                self._step(step, push | {"mode": pause})
+                step = path
+                return self._step(path, given)
+            except WeightSyncError as error:
+                error.context["step"] = "pause" if step == "/pause" else "begin"
+                raise
+        reply = self._step(path, given)
+        if given.get("resume"):
+            with suppress(WeightSyncError):
+                return self._step("/resume", push)
+        return reply
+
+    def _step(self, path: str, given: dict[str, Any] | None) -> Any:
+        self.calls.append(path)
+        self.times.append((path, time.perf_counter()))
+        if hook := self.before.get(path):
+            hook()
+        if given is None:
+            return None
+        self.bodies[path] = given
+        with self.lock:
+            reply = getattr(self, path.strip("/"))(given)
+        if hook := self.after.get(path):
+            hook()
+        return reply
 
     def _ask(self, event: Any, then: Callable[[], Any] = lambda: None) -> p.StepResponse:
         """Step, carry out, tell what became of it."""

@@ -168,14 +168,53 @@ def test_a_refused_begin_leaves_the_engine_generating_its_old_weights(
 
 
 def test_a_pause_without_answer_is_aborted_so_that_the_engine_goes_on(
-    agent: Agent, make_publisher: Make, model: nn.Module
+    make_agent: Callable[..., Agent], make_publisher: Make, model: nn.Module
 ) -> None:
+    agent, other = make_agent(), make_agent()
     agent.after["/pause"] = lambda: time.sleep(1.0)
     with pytest.raises(DeadlineError, match="POST /pause") as caught:
-        make_publisher(agent, deadlines=Deadlines(pause_s=0.2, grace_s=0.1)).push(model)
+        make_publisher(agent, other, deadlines=Deadlines(pause_s=0.2, grace_s=0.1)).push(model)
     assert agent.generating
     assert agent.state.phase == "ready"
     assert "nothing was written" in caught.value.__notes__[-1]
+
+
+def test_the_one_agent_that_does_not_answer_to_pause_and_begin_is_told_to_abort(
+    agent: Agent, make_publisher: Make, model: nn.Module
+) -> None:
+    agent.after["/pause"] = lambda: time.sleep(1.0)
+    deadlines = Deadlines(pause_s=0.1, begin_s=0.1, grace_s=0.1)
+    with pytest.raises(DeadlineError, match="POST /begin_update") as caught:
+        make_publisher(agent, deadlines=deadlines).push(model)
+    assert caught.value.context["phase"] == "pause"
+    assert agent.generating
+    assert agent.state.phase == "ready"
+
+
+@pytest.mark.parametrize("step", ["pause", "begin"])
+def test_what_fails_of_pause_and_begin_is_the_phase_that_the_error_names(
+    agent: Agent, make_publisher: Make, model: nn.Module, step: str
+) -> None:
+    publisher = make_publisher(agent)
+    publisher.push(model)
+    path = {"pause": "/pause", "begin": "/begin_update"}[step]
+    agent.before[path] = refuse(EngineError("no", hint="look"))
+    with pytest.raises(EngineError) as caught:
+        publisher.push(model)
+    assert caught.value.context["phase"] == step
+    assert agent.generating
+    assert publisher.push(model).version == {"pause": 2, "begin": 3}[step]
+    # nothing had begun where the pause failed, so its rendezvous is still good
+    assert agent.calls.count("/init_transfer") == {"pause": 1, "begin": 2}[step]
+
+
+def test_a_resume_that_fails_with_the_commit_is_asked_for_again(
+    agent: Agent, make_publisher: Make, model: nn.Module
+) -> None:
+    agent.before["/resume"] = refuse(EngineError("not now", hint="look"))
+    assert make_publisher(agent).push(model).version == 1
+    assert agent.generating
+    assert agent.calls[-2:] == ["/resume", "/resume"]
 
 
 def test_a_session_that_ended_is_renewed_without_a_needless_pause(
@@ -237,7 +276,7 @@ def test_an_agent_that_hangs_up_twice_is_named(
 def test_a_failed_resume_says_that_the_weights_are_there(
     agent: Agent, make_publisher: Make, model: nn.Module
 ) -> None:
-    agent.before["/resume"] = refuse(EngineError("no answer", hint="look"))
+    agent.before["/resume"] = refuse(EngineError("no answer", hint="look"), times=2)
     with pytest.raises(EngineError) as caught:
         make_publisher(agent).push(model)
     assert caught.value.context["agents"] == [f"{agent.url}: has version 1"]

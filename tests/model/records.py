@@ -142,7 +142,10 @@ class Trainer(NamedTuple):
 
 
 class World(NamedTuple):
-    """``faults``: how many more may happen; ``rollbacks``: how many a person may still ask for."""
+    """``faults``: how many more may happen; ``rollbacks``: how many a person may still ask for.
+
+    ``joined``: a pause brings its begin along, and a commit its resume.
+    """
 
     trainers: tuple[Trainer, ...]
     agents: tuple[Agent, ...]
@@ -154,6 +157,7 @@ class World(NamedTuple):
     rollbacks: int = 0
     fenced: bool = True
     ordered: bool = True
+    joined: bool = False
 
 
 def new_world(
@@ -168,6 +172,7 @@ def new_world(
     rollbacks: int = 0,
     fenced: bool = True,
     ordered: bool = True,
+    joined: bool = False,
 ) -> World:
     """Engines that serve their checkpoints, agents that have not met them, trainers that wait."""
     return World(
@@ -178,6 +183,7 @@ def new_world(
         rollbacks=rollbacks,
         fenced=fenced,
         ordered=ordered,
+        joined=joined,
     )
 
 

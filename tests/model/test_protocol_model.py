@@ -34,6 +34,8 @@ def assert_nothing_wrong(found: Explored) -> None:
         ({"faults": 1, "mode": "shadow"}, 1),
         ({"faults": 1, "mode": "shadow", "rollbacks": 1}, 1),
         ({"faults": 1, "ranks": 2}, 1),
+        ({"faults": 1, "joined": True}, 1),
+        ({"faults": 1, "joined": True, "mode": "shadow"}, 1),
         *(
             pytest.param(bounds, pushes, marks=[pytest.mark.slow, pytest.mark.timeout(900)])
             for bounds, pushes in [
@@ -48,6 +50,10 @@ def assert_nothing_wrong(found: Explored) -> None:
                 # policy all: who has committed goes back when another cannot
                 ({"faults": 1, "mode": "shadow", "agents": 2, "workers": 1}, 1),
                 ({"faults": 2, "ranks": 2}, 1),
+                ({"faults": 2, "joined": True}, 1),
+                ({"faults": 1, "tries": 2, "joined": True}, 2),
+                ({"faults": 1, "trainers": 2, "joined": True}, 2),
+                ({"faults": 1, "joined": True, "mode": "shadow", "rollbacks": 1}, 1),
                 ({"faults": 1, "ranks": 2, "trainers": 2, "workers": 1}, 2),
                 ({"faults": 1, "ranks": 2, "mode": "shadow", "rollbacks": 1, "workers": 1}, 1),
             ]

@@ -60,14 +60,27 @@ def _following(trainer: Trainer, phase: str) -> str:
     return order[order.index(phase) + 1]
 
 
+def _brought(w: World, name: str, session: str) -> str:
+    """What an agent goes on with by itself once a call of that name went well; "": nothing."""
+    if not w.joined or (name == "pause" and shadowed(session)):
+        return ""
+    return {"pause": "begin", "commit": "resume"}.get(name, "")
+
+
+def _reaches(w: World, phase: str, session: str) -> str:
+    """How far an agent may come by the call of that phase."""
+    return "begin" if _brought(w, phase, session) == "begin" else phase
+
+
 def send(w: World, t: int, phase: str) -> World:
     """The same call to every agent; the stage is set before: an answer can get lost."""
     trainer = w.trainers[t]
     agents = range(len(w.agents))
     stages = trainer.stages
-    if phase in _STAGES:
-        stages = tuple(max(_STAGES[phase], stage) for stage in stages)
-    last = trainer.version if phase == "begin" else trainer.last
+    reaches = _reaches(w, phase, trainer.session)
+    if reaches in _STAGES:
+        stages = tuple(max(_STAGES[reaches], stage) for stage in stages)
+    last = trainer.version if reaches == "begin" else trainer.last
     trainer = trainer._replace(phase=phase, waits=frozenset(agents), stages=stages, last=last)
     made = {_made(trainer, t, phase, a) for a in agents}
     return set_trainer(w, t, trainer)._replace(calls=w.calls | made)
@@ -86,6 +99,9 @@ def answer(
     epoch: int = 0,
     registration: int = 0,
 ) -> World:
+    if ok and (brought := _brought(w, call.name, call.session)):
+        # whether or not anybody waits; a trainer that does sends the same call
+        w = w._replace(calls=w.calls | {call._replace(name=brought)})
     trainer = w.trainers[call.trainer]
     waited = trainer.push == call.push and call.agent in trainer.waits
     if not waited or trainer.phase not in (call.name, "abort"):
@@ -94,7 +110,8 @@ def answer(
     if refused and call.name == "rollback":  # nothing to go back to: what it has is whole
         return w._replace(calls=w.calls | {_made(trainer, call.trainer, "resume", a)})
     stages = list(trainer.stages)
-    if refused and call.name == "pause" and stages[a] == PAUSING:
+    pausing = _reaches(w, "pause", call.session)
+    if refused and call.name == "pause" and stages[a] == _STAGES[pausing]:
         stages[a] = UNTOUCHED
     if ok and call.name == "commit":
         stages[a] = COMMITTED

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,11 @@ class AtPhase:
         """Nothing."""
 
 
+def ask_apart(publisher: Publisher) -> None:
+    """Have it make the calls that several agents get, though it has one: hooks come in between."""
+    publisher._settings = replace(publisher._settings, joined=False)
+
+
 @dataclass(frozen=True)
 class Held:
     """What the engine holds and answers at one moment."""
@@ -187,6 +192,7 @@ class Stack:
             self.engine.url, self.folder / "agent.log", token_file, *self.agent_options
         )
         self.publisher = self.new_publisher(progress=self.progress, **self.publisher_options)
+        ask_apart(self.publisher)
         self._http = httpx.Client(
             base_url=self.agent.url,
             headers={"Authorization": f"Bearer {TOKEN}"},

@@ -96,6 +96,8 @@ def trainer_held_at(
 
 
 def _main(agent: str, token: str, weights: str, phase: str, mode: Any) -> None:
+    from dataclasses import replace
+
     from safetensors.torch import load_file
 
     from weightsync.errors import WeightSyncError
@@ -143,6 +145,8 @@ def _main(agent: str, token: str, weights: str, phase: str, mode: Any) -> None:
     with Publisher(
         [agent], token=token, progress=Hold(), max_slot_bytes=bound, mode=mode
     ) as publisher:
+        # the calls that several agents get, though it has one: it is held between them
+        publisher._settings = replace(publisher._settings, joined=False)
         try:
             report = publisher.push(given)
         except WeightSyncError as error:

@@ -57,6 +57,7 @@ from weightsync.worker_messages import (
     VerifyBody,
 )
 from weightsync_server.agent.bodies import Bodies
+from weightsync_server.agent.joined import joined, pause_and_begin
 from weightsync_server.agent.journal import Record, Remembered
 from weightsync_server.agent.once import Mark, Once
 from weightsync_server.agent.pushes import Traffic
@@ -66,6 +67,8 @@ from weightsync_server.agent.work import Work
 R = TypeVar("R", PrepareRequest, CommitRequest)
 
 log = logging.getLogger(__name__)
+
+_NOT_ASKED = {"timeout_s", "reason", "released", "pause", "pause_timeout_s", "resume"}
 
 
 class Calls:
@@ -122,7 +125,13 @@ class Calls:
         event = BeginAsked(request.session, request.epoch, request.push_id, request.version, shadow)
         # a push whose shadow holds only a part of it begins a second time, when it has paused
         name = "begin_update shadow" if shadow else "begin_update"
-        return await self._push_step(name, request.push_id, event, request, keep_errors=True)
+        begin = partial(self._push_step, name, request.push_id, event, request, keep_errors=True)
+        if request.pause is None or self._once.knows((name, request.push_id)):
+            return await begin()
+        pause = PauseRequest(
+            mode=request.pause, timeout_s=request.pause_timeout_s, push_id=request.push_id
+        )
+        return await pause_and_begin(self._service.state, event, lambda: self.pause(pause), begin)
 
     async def prepare(self, request: PrepareRequest) -> StepResponse:
         """``POST /prepare_commit``."""
@@ -132,7 +141,18 @@ class Calls:
     async def commit(self, request: CommitRequest) -> StepResponse:
         """``POST /commit_update``."""
         event = CommitAsked(request.session, request.epoch, request.push_id, request.version)
-        return await self._checked_step("commit_update", event, request, self._bodies.commit)
+        taken = time.monotonic()
+        done = await self._checked_step("commit_update", event, request, self._bodies.commit)
+        if not request.resume or done.state != "paused":
+            return done
+        after_s = time.monotonic() - taken
+        try:
+            resumed = await self.resume(ResumeRequest(push_id=request.push_id))
+        except WeightSyncError as error:
+            # the answer tells that it is paused; who asks for /resume then hears why
+            log.warning("push %s is committed, and not resumed: %s", request.push_id, error)
+            return done
+        return joined(done, resumed, after_s)
 
     async def rollback(self, request: RollbackRequest) -> StepResponse:
         """``POST /rollback``."""
@@ -354,8 +374,11 @@ class Calls:
 
 
 def _fingerprint(request: Message) -> str:
-    """Equal for repeats: everything that was asked, but for how long to wait and why."""
-    text = request.model_dump_json(exclude={"timeout_s", "reason", "released"})
+    """Equal for repeats: everything that was asked, but for how long to wait and why.
+
+    What is done before or after is asked by itself, and not a second time either.
+    """
+    text = request.model_dump_json(exclude=_NOT_ASKED)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
