@@ -127,7 +127,8 @@ def test_a_trainer_that_dies_is_told_with_its_log(environ, tmp_path: Path) -> No
     limited = {**environ, "PYTHONPATH": str(broken_transformers(tmp_path)) + os.pathsep
                + environ["PYTHONPATH"]}  # fmt: skip
     done = bench(limited, "loopback", "--nbytes", "4000000", "--json")
-    assert (done.returncode, done.stdout) == (1, "")
+    assert done.returncode == 1
+    assert "no transformers here" in json.loads(done.stdout)["error"]["detail"]
     assert "no transformers here" in done.stderr
     assert "logs are in" in done.stderr
 
