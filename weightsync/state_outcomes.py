@@ -22,6 +22,9 @@ from weightsync.state_events import (
 )
 from weightsync.state_records import AgentState, Effect, Step, torn, without_session
 
+#: holds an engine that stood still as torn and was found whole, until it runs
+FOUND_WHOLE = "found-whole"
+
 
 def outcome(state: AgentState, event: Outcome) -> Step:
     """The state after an effect, or the engine, told what became of it; never refused."""
@@ -125,9 +128,11 @@ def _attached(state: AgentState, event: Attached) -> Step:
         return Step(left, close if event.paused else (Effect.PAUSE, *close))
     if event.paused:
         owner = state.owner if event.same and state.phase != "torn" else None
-        whole = replace(known, phase="paused", target=None, owner=owner)
-        # it stood still because it was thought torn, and is not: nobody else would start it again
+        # it stood still because it was thought torn, and is not: nobody else would start it again.
+        # A name like a push's holds it, to be given up if the resume fails or this agent dies.
         held_as_torn = event.same and interrupted and state.owner is None
+        owner = FOUND_WHOLE if held_as_torn else owner
+        whole = replace(known, phase="paused", target=None, owner=owner)
         return Step(whole, (Effect.CLOSE, Effect.RESUME) if held_as_torn else ())
     return Step(replace(known, phase="ready", target=None, owner=None))
 

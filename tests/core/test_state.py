@@ -32,6 +32,7 @@ from weightsync.state_events import (
     ResumeFailed,
     SessionOpened,
 )
+from weightsync.state_outcomes import FOUND_WHOLE
 
 LINKED = AgentState("ready", version=3, session="s", epoch=2, connected=True, committed=3)
 DETACHED = replace(LINKED, phase="detached")
@@ -290,9 +291,20 @@ def test_versions_grow_across_restarts(state, lowest):
 def test_an_engine_that_was_thought_torn_and_is_whole_is_started_again():
     lost = step(replace(TORN, session=None, connected=False), EngineLost()).state
     state, effects = step(lost, attached(paused=True))
-    assert (state.phase, state.owner, state.target) == ("paused", None, None)
+    assert (state.phase, state.owner, state.target) == ("paused", FOUND_WHOLE, None)
     assert effects == (Effect.CLOSE, Effect.RESUME)
+    assert step(state, Resumed()).state.owner is None
     assert step(lost, attached(paused=True, same=False)).effects == ()
+
+
+def test_a_start_of_an_engine_that_was_thought_torn_is_tried_again():
+    lost = step(replace(TORN, session=None, connected=False), EngineLost()).state
+    found = step(lost, attached(paused=True)).state
+    # the resume fails; or the agent dies before it, and the next one finds it in the journal
+    again = step(replace(found, phase="detached"), attached(paused=True)).state
+    for state in (step(found, ResumeFailed()).state, again):
+        assert (state.phase, state.owner) == ("paused", FOUND_WHOLE)
+        assert step(state, AbortAsked(FOUND_WHOLE)).effects == (Effect.RESUME,)
 
 
 class OneEngine(RuleBasedStateMachine):
