@@ -81,7 +81,7 @@ def test_what_keeps_an_engine_that_stands_or_serves_from_being_pushed_to_is_told
     assert full.startswith("it takes no push: j cannot be written: full\n  what to do: free")
     waits = agent("ready", version=0, syncing=True)
     assert "● ready, waits for a push" in shown(waits)
-    assert "has had no push since its start" in trouble(waits)
+    assert "has the weights of its start" in trouble(waits)
     refused = {"refusals": [{"tensor": "a.weight", "reason": "other shape"}] * 3}
     assert "3 kernel tensors cannot be pushed, as a.weight: other shape" in trouble(
         agent("ready", workers=[refused])

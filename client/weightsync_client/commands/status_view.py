@@ -89,7 +89,7 @@ def _troubles(answer: Answer) -> Iterator[tuple[str, str]]:
         yield "paused by hand: it answers no request and takes no push", f"weightsync resume {url}"
     if told.get("syncing"):
         yield (
-            "it has had no push since its start, and is told to wait for one",
+            "it has the weights of its start, and is told to wait for a push",
             (f"weightsync push CHECKPOINT_DIR --agent {url}, or the trainer's next push"),
         )
     if trouble := (told.get("journal") or {}).get("trouble"):
