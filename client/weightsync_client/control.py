@@ -12,13 +12,13 @@ import secrets
 import ssl
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
 import pydantic
 
+from weightsync.closing import Closing
 from weightsync.errors import (
     AgentUnreachableError,
     DeadlineError,
@@ -222,7 +222,7 @@ class Agent:
         )
 
 
-class Fleet:
+class Fleet(Closing):
     """Some agents, called all at once.  A context manager; ``close`` ends the connections.
 
     Args:
@@ -309,17 +309,6 @@ class Fleet:
         """End all connections.  Safe to call twice."""
         self._threads.close()
         self._http.close()
-
-    def __enter__(self) -> Fleet:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def first_of(errors: Sequence[E]) -> E:

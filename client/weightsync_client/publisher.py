@@ -6,12 +6,12 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
+from weightsync.closing import Closing
 from weightsync.errors import InputError, NoSessionError, PushInProgressError, StaleEpochError
 from weightsync.lending import LEND_NBYTES
 from weightsync.plan import COALESCE_NBYTES
@@ -41,7 +41,7 @@ from weightsync_client.warmup import Warmup
 _DAY_S = 86_400.0
 
 
-class Publisher:
+class Publisher(Closing):
     """Pushes a model's weights into every engine of a fleet, whole or not at all.
 
     It connects at the first push.  A context manager; one that is not closed is closed at exit.
@@ -308,17 +308,6 @@ class Publisher:
     def close(self) -> None:
         """Release memory and connections; the engines keep what they have.  Safe to call twice."""
         self._close()
-
-    def __enter__(self) -> Publisher:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _maker(transport: str | Callable[[], Transport]) -> Callable[[], Transport]:

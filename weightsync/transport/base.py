@@ -12,8 +12,8 @@ import abc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
+from weightsync.closing import Closing
 from weightsync.layout import MemoryKind
 
 
@@ -47,26 +47,15 @@ class Side:
 DRAM = Side()
 
 
-class Registration(abc.ABC):
+class Registration(Closing):
     """Registered memory; it must stay mapped until ``close`` (WS-9).  A context manager."""
 
     @abc.abstractmethod
     def close(self) -> None:
         """Deregister.  Safe to call twice; never hides an earlier error."""
 
-    def __enter__(self) -> Registration:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class PreparedWrite(abc.ABC):
+class PreparedWrite(Closing):
     """Writes to one peer, prepared once and posted any number of times.  A context manager."""
 
     peer: str
@@ -85,19 +74,8 @@ class PreparedWrite(abc.ABC):
     def close(self) -> None:
         """Release.  A write still in flight is given up; safe to call twice."""
 
-    def __enter__(self) -> PreparedWrite:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class Transport(abc.ABC):
+class Transport(Closing):
     """One end of the wire.  A context manager; ``close`` releases everything that it still owns."""
 
     #: unique among all transports ever made (WS-8): a name is never used again after a restart
@@ -174,14 +152,3 @@ class Transport(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Release writes, registrations and the wire.  Safe to call twice."""
-
-    def __enter__(self) -> Transport:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.close()
