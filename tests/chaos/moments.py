@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.support.stack import QUICK, TOKEN, Stack, Weights, wait_until
+from tests.support.stack import QUICK, TOKEN, Stack, Weights, ask_apart, wait_until
 from weightsync.errors import WeightSyncError
 from weightsync.protocol import PushMode
 from weightsync_client import Publisher
@@ -86,6 +86,7 @@ def strike(
                     max_slot_bytes=bound if when == "mid-write" else None,
                 )
             )
+            ask_apart(publisher)
         started = time.monotonic()
         report, error = None, None
         try:

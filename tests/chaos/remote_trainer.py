@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 from safetensors.torch import load_file
@@ -38,6 +39,8 @@ def main() -> None:
     token, *agents = sys.argv[1:]
     hold = _Hold()
     with Publisher(agents, token=token, deadlines=_DEADLINES, progress=hold) as publisher:
+        # the calls that several agents get, though it has one: it is held between them
+        publisher._settings = replace(publisher._settings, joined=False)
         _tell(ready=True)
         for line in sys.stdin:
             order = json.loads(line)
