@@ -74,7 +74,12 @@ def test_a_push_that_is_ended_by_a_signal_leaves_the_engine_as_it_was(
 ) -> None:
     held = stack.held()
     # the engine is paused by then
-    monkeypatch.setattr(Transaction, "begin", lambda _: signal.raise_signal(number))
+
+    def ended_once_paused(push: Transaction) -> None:
+        push.pause()
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(Transaction, "pause_and_begin", ended_once_paused)
     done = run("push", second, "--agent", stack.agent.url)
     assert done.code == code
     stack.assert_serves(held)
