@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -29,7 +30,10 @@ class Server:
 
     def _serve(self) -> None:
         while self.answers:
-            connection, _ = self.listener.accept()
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:  # shut down
+                return
             self.accepted += 1
             with connection:
                 while self.answers and (request := connection.recv(1 << 16)):
@@ -45,8 +49,10 @@ class Server:
 
     def close(self) -> None:
         self.answers.clear()
-        self.listener.close()
+        with suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)  # wakes the thread, as close alone does not
         self.thread.join(5)
+        self.listener.close()
 
 
 @pytest.fixture
