@@ -84,3 +84,4 @@ def _serve(pipe: Connection, rank: int, world_size: int, store: str) -> None:
         except BaseException as error:
             pipe.send((type(error).__name__, str(error), list(getattr(error, "__notes__", ()))))
     dist.destroy_process_group()
+    os._exit(0)  # torch takes a second to unload
