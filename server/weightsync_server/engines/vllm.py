@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +135,17 @@ class VllmAdapter(EngineAdapter):
             if (update := getattr(module, "update_param_tp_status", None)) is not None:
                 update()
 
+    @cached_property
+    def _attention(self) -> list[nn.Module]:
+        """Found once: a model keeps its modules, and the engine stands still in a refresh."""
+        return [module for module in self.live.modules() if vllm_compat.is_attention(module)]
+
     @override
     def refresh(self) -> None:
         # attention layers keep tensors derived from others' weights (MLA's absorbed projections)
         dtype = self._config.model_config.dtype
         with self._as_loading():
-            for module in self.live.modules():
-                if not vllm_compat.is_attention(module):
-                    continue
+            for module in self._attention:
                 before = {k: v for k, v in module.__dict__.items() if isinstance(v, torch.Tensor)}
                 module.process_weights_after_loading(dtype)  # type: ignore[operator]
                 for key, old in before.items():
