@@ -26,7 +26,6 @@ from importlib.util import find_spec
 import torch
 
 from weightsync import digest_cpu
-from weightsync.ahead import Ahead
 from weightsync.errors import InputError
 
 _WORD_NBYTES = 8
@@ -78,13 +77,12 @@ def digests(
     Raises:
         InputError: A piece is not flat contiguous uint8, or lies on another device than the first.
     """
-    return scan(pieces, None, meanwhile=meanwhile)[0]
+    return scan(pieces, None, meanwhile)[0]
 
 
 def scan(
     pieces: Sequence[torch.Tensor],
     dtypes: Sequence[torch.dtype] | None,
-    ahead: Ahead | None = None,
     meanwhile: Callable[[], object] = lambda: None,
 ) -> tuple[list[bytes], bool]:
     """:func:`digests`, and whether every value is finite, in the same pass.
@@ -92,7 +90,6 @@ def scan(
     Args:
         pieces: See :func:`digests`.
         dtypes: Of the values in each piece; ``None``: nobody asks.
-        ahead: Made of these pieces, with the sums of some.
         meanwhile: See :func:`digests`.
 
     Returns:
@@ -116,13 +113,13 @@ def scan(
         from weightsync import digest_triton
 
         if dtypes is None or all(map(digest_triton.knows, dtypes)):
-            sums, full = digest_triton.scan(pieces, dtypes, ahead)
+            sums, full = digest_triton.scan(pieces, dtypes)
             done = torch.cuda.Event()
             done.record(torch.cuda.current_stream(device))
             meanwhile()
             while not done.query():  # CUDA's own wait keeps a core busy, which others have use for
                 time.sleep(_REST_S)
-            return _packed(sums), dtypes is None or not full.item()
+            return _packed(sums), not full.item()
     flags = [
         all_finite(p.view(dtype))
         for p, dtype in zip(pieces, dtypes or (), strict=dtypes is not None)

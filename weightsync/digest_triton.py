@@ -10,7 +10,7 @@ above exactly in the lanes where all are set, and never into the next lane.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -18,8 +18,6 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-
-from weightsync.ahead import Ahead
 
 #: words that a program reads at a time, and how often; a program sums 512 KiB
 _TILE_WORDS = 2048
@@ -135,28 +133,21 @@ def digest_sums(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def scan(
-    pieces: Sequence[torch.Tensor],
-    dtypes: Sequence[torch.dtype] | None,
-    ahead: Ahead | None = None,
+    pieces: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`digest_sums`, and int32[1]: 1 where a value is NaN or infinite.
 
     Args:
         pieces: See :func:`digest_sums`.
         dtypes: Of the values in each piece, see :func:`knows`; None: nobody asks.
-        ahead: Has the sums of some; those of the others are added to it.
     """
     device = pieces[0].device
-    done: Collection[int] = ()
     pieces = [p if p.data_ptr() % 8 == 0 else p.clone() for p in pieces]
-    if ahead is None:
-        sums = torch.zeros(len(pieces), 2, dtype=torch.int64, device=device)
-        full = torch.zeros(1, dtype=torch.int32, device=device)
-    else:
-        sums, full, done = ahead.sums, ahead.full, ahead.done
+    sums = torch.zeros(len(pieces), 2, dtype=torch.int64, device=device)
+    full = torch.zeros(1, dtype=torch.int32, device=device)
     exponents = None if dtypes is None else tuple(_exponents(dtype) for dtype in dtypes)
     # the memory of an epoch is the same in every push: so are its tables
-    where = tuple((p.data_ptr(), 0 if k in done else p.numel()) for k, p in enumerate(pieces))
+    where = tuple((p.data_ptr(), p.numel()) for p in pieces)
     tables = _tables(where, exponents, _TILE_WORDS * _TILES, device)
     if tables.programs:
         with torch.cuda.device_of(sums):

@@ -38,7 +38,6 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F  # noqa: N812 -- as everywhere
 
-from weightsync.ahead import Ahead
 from weightsync.errors import InputError
 
 #: rows and columns that share a scale
@@ -120,12 +119,11 @@ class Prepared(Protocol):
 
 
 def prepare_each(
-    weights: Sequence[torch.Tensor], out: Sequence[Quantized], ahead: Ahead | None = None
+    weights: Sequence[torch.Tensor], out: Sequence[Quantized]
 ) -> list[Prepared] | None:
     """Prepare to :func:`quantize` each ``[N, K]`` tensor into memory of its own.
 
     What is prepared reads and writes what is at the tensors' addresses, and keeps none of them.
-    It adds to ``ahead`` the sums of the values that have ``ahead.places``.
 
     Returns:
         One launch for all that have dtype, shape and strides in common; None: there are no kernels
@@ -147,7 +145,7 @@ def prepare_each(
     kernels = _kernels(each[0][0].device)
     if kernels is None:
         return None
-    found: list[Prepared] = kernels.launches(*zip(*each, strict=True), ahead)
+    found: list[Prepared] = kernels.launches(*zip(*each, strict=True))
     return found
 
 

@@ -20,8 +20,6 @@ import torch
 import triton
 import triton.language as tl
 
-from weightsync.ahead import Ahead, Place
-
 #: 8 warps hold a block in registers, two programs on a multiprocessor
 _OPTIONS = {"num_warps": 4}
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -66,30 +64,9 @@ def _e4m3_bits(x: tl.tensor, native: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _add_digest(
-    sums_ptr: tl.tensor, byte: tl.tensor, word: tl.tensor, step: tl.tensor, block: tl.constexpr
-) -> None:
-    """Add a block's bytes to the sums of ``weightsync.digest``.
-
-    The bytes are made words of 64 bits first: ptxas 12.8 crashes on sums along the columns.
-    """
-    shift = (8 * tl.arange(0, 8)).to(tl.uint64)
-    lanes = tl.reshape(byte, [block, block // 8, 8]).to(tl.uint64) << shift[None, None, :]
-    words = tl.sum(lanes, axis=2)
-    place = word + 1 + step * tl.arange(0, block)[:, None] + tl.arange(0, block // 8)[None, :]
-    sum_a = tl.sum(words)
-    sum_b = tl.sum(words * place.to(tl.uint64))
-    tl.atomic_add(sums_ptr, sum_a.to(tl.int64, bitcast=True), sem="relaxed")
-    tl.atomic_add(sums_ptr + 1, sum_b.to(tl.int64, bitcast=True), sem="relaxed")
-
-
-@triton.jit
 def _block_kernel(
     x_ptr: tl.tensor,  # the matrices; int64[E], their addresses, where `table` names their dtype,
-    # and int64[E, 5] where the values and scales of each have addresses, too: x, values, scales,
-    # and of the digest the piece and the word that the values begin at
-    sums_ptr: tl.tensor,  # int64[pieces, 2]
-    full_ptr: tl.tensor,  # int32[1]: becomes 1 where a scale is not finite
+    # and int64[E, 3] where the values and scales of each have addresses, too
     q_ptr: tl.tensor,
     scale_ptr: tl.tensor,
     rows: tl.tensor,
@@ -109,7 +86,6 @@ def _block_kernel(
     scale_stride_k: tl.tensor,
     table: tl.constexpr,
     apart: tl.constexpr,
-    digest: tl.constexpr,
     x_align: tl.constexpr,
     q_align: tl.constexpr,
     find_amax: tl.constexpr,
@@ -129,9 +105,9 @@ def _block_kernel(
     row = row.to(tl.int64)[:, None]
     col = col.to(tl.int64)[None, :]
     if apart:
-        matrix_ptr = tl.load(x_ptr + 5 * e).to(tl.pointer_type(table))
-        bits_ptr = tl.load(x_ptr + 5 * e + 1).to(tl.pointer_type(tl.uint8))
-        block_ptr = tl.load(x_ptr + 5 * e + 2).to(tl.pointer_type(tl.float32))
+        matrix_ptr = tl.load(x_ptr + 3 * e).to(tl.pointer_type(table))
+        bits_ptr = tl.load(x_ptr + 3 * e + 1).to(tl.pointer_type(tl.uint8))
+        block_ptr = tl.load(x_ptr + 3 * e + 2).to(tl.pointer_type(tl.float32))
     else:
         if table is None:
             matrix_ptr = x_ptr + e * x_stride_e
@@ -160,17 +136,6 @@ def _block_kernel(
         bits = _e4m3_bits(_quotient(x, scale, native), native)
         q_ptrs = bits_ptr + row * q_stride_n + col * q_stride_k
         tl.store(tl.multiple_of(q_ptrs, [1, q_align]), bits, mask=mask)
-        if digest:
-            piece = tl.load(x_ptr + 5 * e + 3)
-            # words from the piece's first to the block's, and from a row's to the next one's
-            word = tl.load(x_ptr + 5 * e + 4) + block_col * (block // 8)
-            step = tl.zeros([], tl.int64) + q_stride_n // 8
-            word += step * (block_row * block)
-            _add_digest(
-                sums_ptr + 2 * piece, tl.where(mask, bits.to(tl.int32), 0), word, step, block
-            )
-            if scale - scale != 0:
-                tl.atomic_or(full_ptr, 1, sem="relaxed")
 
 
 #: rows and columns that share a scale: :data:`weightsync.quantize.BLOCK`
@@ -219,8 +184,6 @@ def _launch(
     with torch.cuda.device_of(first):
         _block_kernel[(programs,)](
             x,
-            scales,
-            scales,
             q,
             scales,
             *first.shape,
@@ -232,7 +195,6 @@ def _launch(
             *scales.stride(),
             table=table,
             apart=False,
-            digest=False,
             x_align=_alignment(addresses, stride_e, first, lead),
             q_align=1 if weight is None else _alignment([q.data_ptr()], q.stride(0), q[0], lead),
             find_amax=find_amax,
@@ -246,8 +208,7 @@ def _launch(
 class Launch:
     """A launch that quantises whole matrices of one form, again and again from where they are.
 
-    It keeps nothing of them in memory: what is at their addresses is read and written.  ``ahead``
-    gets the sums of values that have ``places``; all have one, or none has.
+    It keeps nothing of them in memory: what is at their addresses is read and written.
     """
 
     def __init__(
@@ -255,24 +216,27 @@ class Launch:
         matrices: Sequence[torch.Tensor],
         weights: Sequence[torch.Tensor],
         scales: Sequence[torch.Tensor],
-        places: Sequence[Place | None],
-        ahead: Ahead | None,
     ) -> None:
         x, q, scale = matrices[0], weights[0].view(torch.uint8), scales[0]
         self._programs = len(matrices) * scale.numel()
         rows = [
-            [*(t.data_ptr() for t in each), *(place or (0, 0))]
-            for *each, place in zip(matrices, weights, scales, places, strict=True)
+            [t.data_ptr() for t in each] for each in zip(matrices, weights, scales, strict=True)
         ]
         self._table = _upload(rows, x.device)
         if x.device.type == "cuda":  # the next use may be on another stream
             torch.cuda.current_stream(x.device).synchronize()
-        self._digest = ahead is not None and places[0] is not None
-        self._sums = (self._table, self._table) if ahead is None else (ahead.sums, ahead.full)
         self._args = (
-            *x.shape, 0, 0, *scale.shape,
-            0, *x.stride(), 0, *q.stride(), 0, *scale.stride(),
-        )  # fmt: skip
+            *x.shape,
+            0,
+            0,
+            *scale.shape,
+            0,
+            *x.stride(),
+            0,
+            *q.stride(),
+            0,
+            *scale.stride(),
+        )
         self._options = {
             "table": _DTYPES[x.dtype],
             "x_align": _alignment([row[0] for row in rows], 0, x, (0, 0)),
@@ -286,9 +250,8 @@ class Launch:
             return
         with torch.cuda.device_of(self._table):
             _block_kernel[(self._programs,)](
-                self._table, *self._sums, self._table, self._table, *self._args,
-                apart=True, digest=self._digest, find_amax=True, encode=True, block=_BLOCK,
-                **self._options, **_OPTIONS,
+                self._table, self._table, self._table, *self._args,
+                apart=True, find_amax=True, encode=True, block=_BLOCK, **self._options, **_OPTIONS,
             )  # fmt: skip
 
 
@@ -296,20 +259,16 @@ def launches(
     matrices: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor],
     scales: Sequence[torch.Tensor],
-    ahead: Ahead | None,
 ) -> list[Launch]:
     """What quantises whole matrices of any forms: one launch a form."""
-    places = [None] * len(weights) if ahead is None else ahead.places(weights)
     forms: dict[tuple[object, ...], list[int]] = {}
-    each = list(zip(matrices, weights, scales, places, strict=True))
-    for k, (x, weight, scale, place) in enumerate(each):
-        form = x.dtype, x.shape, x.stride(), weight.stride(), scale.stride(), place is None
+    for k, (x, weight, scale) in enumerate(zip(matrices, weights, scales, strict=True)):
+        form = x.dtype, x.shape, x.stride(), weight.stride(), scale.stride()
         forms.setdefault(form, []).append(k)
-    found = []
-    for alike in forms.values():
-        group, made, made_scales, at = zip(*(each[k] for k in alike), strict=True)
-        found.append(Launch(group, made, made_scales, at, ahead))
-    return found
+    return [
+        Launch(*([group[k] for k in alike] for group in (matrices, weights, scales)))
+        for alike in forms.values()
+    ]
 
 
 def _alignment(

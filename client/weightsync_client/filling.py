@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from weightsync.ahead import Ahead
 from weightsync.errors import InputError
 from weightsync.quantize import (
     BLOCK,
@@ -97,12 +96,8 @@ class Round:
         self.jobs = jobs
         self._straight: _Straight | None = None
 
-    def fill(self, source: WeightSource, ahead: Ahead | None = None) -> None:
+    def fill(self, source: WeightSource) -> None:
         """Carry out all of them; on a GPU they are queued on the current stream.
-
-        Args:
-            source: Of the values.
-            ahead: Of what this round writes, the same in every push; gets what can be known now.
 
         Raises:
             InputError: A tensor has not the shape that the source declared.
@@ -122,7 +117,7 @@ class Round:
         if self._straight is None:
             straight = [j for j in kinds["values"] if j.blocks and not source.cuts((j.name, j.box))]
             self._straight = _Straight(straight)
-        done = self._straight.fill(source, ahead)
+        done = self._straight.fill(source)
         _copy([j for j in kinds["values"] if (j.name, j.box) not in done], source, held=False)
         _copy(kinds["scales"], source, held=True)
 
@@ -142,24 +137,18 @@ class _Straight:
             self._scales[job.name, job.box] = torch.empty(grid, device=job.blocks[0].slot.device)
         self._seen: list[tuple[int, torch.dtype, tuple[int, ...]]] = []
         self._launches: list[Prepared] | None = None
-        self._ahead: Ahead | None = None
-        self._digested: frozenset[int] = frozenset()
 
-    def fill(self, source: QuantizedSource, ahead: Ahead | None) -> Collection[Key]:
+    def fill(self, source: QuantizedSource) -> Collection[Key]:
         """Quantise, if all matrices are on the slots' device; the boxes that it did."""
         values = [source.values(key) for key in self._keys]
         here = [scales.device for scales in self._scales.values()]
         if [t.device for t in values] != here:
             return ()
         seen = [(t.data_ptr(), t.dtype, t.stride()) for t in values]
-        # a refill needs no digests: whatever is added to them then is forgotten
-        if self._launches is None or seen != self._seen or ahead not in (None, self._ahead):
-            self._ahead = ahead
+        if self._launches is None or seen != self._seen:
             self._launches, self._seen = self._prepare(values), seen
         for launch in self._launches or ():
             launch.run()
-        if ahead is not None:
-            ahead.done = self._digested
         source.was_quantized(self._scales)
         return self._scales.keys()
 
@@ -171,9 +160,7 @@ class _Straight:
                 rows, cols = touched_blocks(slot.shape, (row, col))
                 weights.append(t[row : row + slot.shape[0], col : col + slot.shape[1]])
                 out.append(Quantized(slot, scales[rows, cols]))
-        launches = prepare_each(weights, out, self._ahead)
-        places = [] if self._ahead is None else self._ahead.places([made.weight for made in out])
-        self._digested = frozenset(place[0] for place in places if place is not None)
+        launches = prepare_each(weights, out)
         if launches is None:
             for each, made in zip(weights, out, strict=True):
                 quantize(each, out=made)

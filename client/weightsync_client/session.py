@@ -8,11 +8,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 
-from weightsync.ahead import Ahead
 from weightsync.codec import pack
 from weightsync.digest import scan
 from weightsync.errors import DeadlineError, WeightSyncError
@@ -31,9 +29,6 @@ from weightsync_client.peers import Member, Peers, Worker
 from weightsync_client.report import Probe
 from weightsync_client.slots import Slots, refuse_non_finite, torch_dtype
 from weightsync_client.source import WeightSource
-
-#: what a round writes, the dtypes of its values, and its digests as far as the fill makes them
-_Pieces: TypeAlias = tuple[list[torch.Tensor], list[torch.dtype], Ahead | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +101,7 @@ class Session:
             }
             for each in plan.rounds
         ]
-        self._known_pieces: dict[int, _Pieces] = {}
+        self._known_pieces: dict[int, tuple[list[torch.Tensor], list[torch.dtype]]] = {}
         self._owned = ExitStack()  # closes the newest first: members, registration, wire, slots
         try:
             self.slots = Slots(plan, manifest, device, loan)
@@ -216,11 +211,9 @@ class Session:
         bad: dict[tuple[str, int], dict[str, object]] = {}
         for k in reversed(range(self.rounds)):
             here = self._ranges[k]
-            pieces, dtypes, ahead = self._pieces(k)
-            if ahead is not None:
-                ahead.begin()
-            self.slots.fill(source, k, ahead)
-            found, finite = scan(pieces, dtypes if check_finite else None, ahead)
+            self.slots.fill(source, k)
+            pieces, dtypes = self._pieces(k)
+            found, finite = scan(pieces, dtypes if check_finite else None)
             if not finite:
                 bad.update(self.slots.non_finite(source, k))
             digest[k] = dict(zip(here, found, strict=True))
@@ -228,14 +221,12 @@ class Session:
         self._digests = digest
         return self.digests(self.members)
 
-    def _pieces(self, number: int) -> _Pieces:
+    def _pieces(self, number: int) -> tuple[list[torch.Tensor], list[torch.dtype]]:
         """What a round writes, and of which values: made once."""
         known = self._known_pieces.get(number)
         if known is None:
             here = self._ranges[number]
-            pieces = self.slots.pieces(here)
-            dtypes = [torch_dtype(name) for name in here.values()]
-            known = pieces, dtypes, Ahead.of(pieces)
+            known = self.slots.pieces(here), [torch_dtype(name) for name in here.values()]
             self._known_pieces[number] = known
         return known
 

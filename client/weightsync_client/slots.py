@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from weightsync.ahead import Ahead
 from weightsync.errors import InputError, NonFiniteError
 from weightsync.manifest import Manifest
 from weightsync.plan import TransportPlan
@@ -60,7 +59,7 @@ class Slots:
         return Job(name, box, made, copies)
 
     @torch.no_grad()
-    def fill(self, source: WeightSource, number: int = 0, ahead: Ahead | None = None) -> None:
+    def fill(self, source: WeightSource, number: int = 0) -> None:
         """Copy a round's values into its slots, rounded to the manifest's dtype, cast as wanted.
 
         No write from these slots may be in flight (WS-3).  On a GPU the copies are queued on the
@@ -70,7 +69,7 @@ class Slots:
         Raises:
             InputError: A tensor has not the shape that the source declared.
         """
-        self._rounds[number].fill(source, ahead)
+        self._rounds[number].fill(source)
 
     def refill(self, source: WeightSource, number: int) -> None:
         """:meth:`fill` while other slots are on the wire; every copy has ended when this returns.

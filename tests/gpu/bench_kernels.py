@@ -8,14 +8,13 @@ A kernel's bytes are what it must read and write: 3 an element of bfloat16, 5 of
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import triton.testing
 
 from weightsync import quantize as q
 from weightsync import quantize_triton
-from weightsync.ahead import Ahead
 from weightsync.digest import digests
 from weightsync.digest_triton import digest_sums
 
@@ -90,23 +89,14 @@ def bench_matrices(copy: float) -> None:
     ]
     out = [q.quantize(matrix) for matrix in layers]
     nbytes = 3 * sum(matrix.numel() for matrix in layers)
-    pieces = [made.weight.view(torch.uint8).flatten() for made in out]
-    ahead = Ahead(pieces)
-    words = f"quantize {len(layers)} matrices of an 8B model"
-    for digested in (None, ahead):
-        prepared = q.prepare_each(layers, out, digested) or []
+    prepared = q.prepare_each(layers, out) or []
 
-        def run(launches: Sequence[q.Prepared] = prepared) -> None:
-            for launch in launches:
-                launch.run()
+    def run() -> None:
+        for launch in prepared:
+            launch.run()
 
-        more = "" if digested is None else ", digests with it"
-        _row(f"{words}, {len(prepared)} launches{more}", _rate(nbytes, run), copy)
-    _row(
-        "their digests in a pass of their own",
-        _rate(nbytes // 3, lambda: digest_sums(pieces)),
-        copy,
-    )
+    rate = _rate(nbytes, run)
+    _row(f"quantize {len(layers)} matrices of an 8B model, {len(prepared)} launches", rate, copy)
 
 
 def bench_digest(copy: float) -> None:

@@ -6,7 +6,6 @@ and prints one JSON object: what differs, by check.
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -19,11 +18,6 @@ from tests.support.quantize_cases import KINDS, SHAPES, all_pairs, boxes, formul
 from tests.support.quantize_cases import random_weights as weights_of
 from weightsync import digest
 from weightsync import quantize as q
-from weightsync.ahead import Ahead
-from weightsync_client import QuantizationSpec, StateDictSource
-from weightsync_client.borders import merge
-from weightsync_client.filling import Job, Round
-from weightsync_client.quantized import QuantizedSource
 
 Check = Callable[[torch.device], str]
 
@@ -139,94 +133,6 @@ def _each(device: torch.device) -> str:
             there[k][1:-1, 8:-8] = 7
             found += [] if torch.equal(there[k].cpu(), memory[k]) else [f"{k} is written beyond"]
     return "\n".join(found)
-
-
-def _ahead(device: torch.device) -> str:
-    """Digests of what is quantised, in pieces of one matrix, of several and of parts of them."""
-    from weightsync import digest_triton
-
-    memory = torch.zeros(1 << 18, dtype=torch.uint8, device=device)
-    memory = memory[-memory.data_ptr() % 64 + 8 :]  # pieces need not begin at a multiple of 16
-    taken = 0
-
-    def take(rows: int, cols: int) -> torch.Tensor:
-        nonlocal taken
-        start, taken = taken, (taken + rows * cols + 71) // 8 * 8
-        return memory[start : start + rows * cols].view(rows, cols)
-
-    stacked, odd, tailed, lone = take(400, 144), take(130, 257), take(127, 264), take(300, 136)
-    half, sides, nobodys = take(128, 64), take(128, 272), take(1, 3333)
-    nobodys.fill_(77)
-    slots = [stacked[:200], stacked[200:], odd, tailed, lone, half[:64, :40], sides[:, :136]]
-    slots.append(sides[:, 136:])
-    pieces = [t.flatten() for t in (stacked, odd, tailed, lone, half, sides, nobodys)]
-    want = [0, 0, None, 2, 3, None, 5, 5]
-    weights = [weights_of("wide", tuple(t.shape), torch.bfloat16) for t in slots]
-    out = [
-        q.Quantized(
-            slot.view(torch.float8_e4m3fn), torch.zeros_like(formula(w).scale_inv).to(device)
-        )
-        for slot, w in zip(slots, weights, strict=True)
-    ]
-    ahead = Ahead(pieces)
-    places = [place and place[0] for place in ahead.places([made.weight for made in out])]
-    found = [] if places == want else [f"places {places}"]
-    matrices = [w.to(device) for w in weights]
-    prepared = q.prepare_each(matrices, out, ahead) or []
-    for bad in (False, True):
-        if bad:
-            matrices[3][126, 263] = float("nan")
-        ahead.begin()
-        for launch in prepared:
-            launch.run()
-        ahead.done = frozenset(place for place in want if place is not None)
-        sums, full = digest_triton.scan(pieces, [torch.float8_e4m3fn] * len(pieces), ahead)
-        right = [digest.digest_sums(p.cpu()).tolist() for p in pieces]
-        if sums.tolist() != right or full.item() != bad:
-            found.append(f"{sums.tolist()}, not {right}; full {full.item()}")
-    return "\n".join(found)
-
-
-def _fill(device: torch.device) -> str:
-    """Slots of an epoch through three pushes: a matrix is changed in place, then replaced."""
-    from weightsync import digest_triton
-
-    tensors = {f"{k}.weight": weights_of("random", (200, 144), torch.bfloat16) for k in "ab"}
-    tensors = {name: t.to(device) for name, t in tensors.items()} | {
-        "norm": torch.randn(40, device=device).bfloat16()
-    }
-    slab = torch.zeros(2 * 200 * 144 + 80 + 2 * 16, dtype=torch.uint8, device=device)
-    at = [0, 28800, 57600, 57680, 57696, 57712]
-    pieces = [slab[: at[2]], *(slab[a:b] for a, b in itertools.pairwise(at[2:]))]
-    dtypes = [torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.float32]
-    flat = [pieces[0][: at[1]], pieces[0][at[1] :], *pieces[1:]]
-    kinds = [dtypes[0], *dtypes]
-    names = ["a.weight", "b.weight", "norm", "a.weight_scale_inv", "b.weight_scale_inv"]
-    shapes = [(28800,), (28800,), (40,), (2, 2), (2, 2)]
-    jobs = []
-    for name, memory, dtype, shape in zip(names, flat, kinds, shapes, strict=True):
-        slot = memory.view(dtype).view(shape)
-        jobs.append(Job(name, 0, dtype, [(slot, shape, slot.stride(), 0)]))
-    all_jobs, ahead, found = Round(jobs), Ahead(pieces), []
-    for push in range(3):
-        if push == 1:
-            tensors["a.weight"].neg_()
-        if push == 2:
-            tensors["b.weight"] = tensors["b.weight"] * 3
-        source = QuantizedSource(StateDictSource(tensors), QuantizationSpec())
-        source.learn(merge([source.findings()]))
-        ahead.begin()
-        with torch.no_grad():
-            all_jobs.fill(source, ahead)
-        sums, full = digest_triton.scan(pieces, dtypes, ahead)
-        right = [digest.digest_sums(p.cpu()).tolist() for p in pieces]
-        if sums.tolist() != right or full.item() or ahead.done != {0}:
-            found.append(f"push {push}: {sums.tolist()}, not {right}; {ahead.done}")
-        for k in (0, 1):
-            made = q.Quantized(jobs[k].slots[0].view(200, 144), jobs[3 + k].slots[0])
-            found.append(mismatch(made, formula(tensors[names[k]].cpu())))
-        found.append("" if torch.equal(jobs[2].slots[0], tensors["norm"]) else "norm")
-    return "\n".join(filter(None, found))
 
 
 def _surrounded(box: torch.Tensor, fill: float, device: torch.device) -> torch.Tensor:
@@ -381,8 +287,6 @@ CHECKS: dict[str, Check] = {
     "strides and addresses": _strides,
     "groups": _groups,
     "matrices of several forms": _each,
-    "digests of what is quantised": _ahead,
-    "slots through three pushes": _fill,
     "shards at any border": partial(_shards, ([0, 1, 100, 200, 384, 400], [0, 77, 256, 300])),
     "shards at multiples of 16": partial(_shards, ([0, 16, 208, 256], [0, 32, 176, 512])),
     "finite values of every dtype": _finite,

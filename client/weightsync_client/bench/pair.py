@@ -19,6 +19,7 @@ from weightsync.lines import serve
 from weightsync_client.bench.raw import RawNixl
 
 _JOIN_S = 60.0
+_COPY_NBYTES = 4 << 30
 
 
 class Pair:
@@ -80,18 +81,23 @@ class Pair:
         return {"seconds": time.perf_counter() - started}
 
     def copy_device(self, nbytes: int) -> dict[str, float]:
-        """Seconds of one plain copy from this GPU to the next; within it, where it is alone."""
-        if self._copies is None or self._copies[0].nbytes != nbytes:
-            self._copies = None
+        """Seconds of plain copies from this GPU to the next; within it, where it is alone.
+
+        They go through a part of that memory again and again: the engines have most of it.
+        """
+        if self._copies is None:
             other = torch.device("cuda", min(1, torch.cuda.device_count() - 1))
-            self._copies = (
-                torch.ones(nbytes, dtype=torch.uint8, device=self._device),
-                torch.ones(nbytes, dtype=torch.uint8, device=other),
+            source, target = (
+                torch.ones(_COPY_NBYTES, dtype=torch.uint8, device=device)
+                for device in (self._device, other)
             )
+            self._copies = source, target
         source, target = self._copies
         self._synchronize(target.device)
         started = time.perf_counter()
-        target.copy_(source)
+        for at in range(0, nbytes, _COPY_NBYTES):
+            length = min(nbytes - at, _COPY_NBYTES)
+            target[:length].copy_(source[:length])
         self._synchronize(target.device)
         return {"seconds": time.perf_counter() - started}
 
