@@ -289,7 +289,7 @@ class _Gpu:
             "gloo_broadcast", "vllm_nccl_packed", "vllm_nccl_unpacked",
         )  # fmt: skip
         names = dict.fromkeys(moving, nbytes)
-        names |= {f"{c}_{name}": nbytes for c in ("expandable", "moe") for name in moving}
+        names |= {f"{c}_{name}": nbytes for c in ("expandable", "slots", "moe") for name in moving}
         names |= moved or {}
         run_rounds(
             self._figures,
