@@ -34,6 +34,8 @@ from weightsync_client.signals import sigterm_as_exit
 
 #: tensors that differ which are named to a person
 _SHOWN = 20
+#: a pause is shortest where all of a model fits; but a node need not have the model's size free
+_PUSH_SLOT_NBYTES = 4 << 30
 #: what verify packs at a time: nobody waits for it, so it need not hold the model
 _VERIFY_SLOT_NBYTES = 1 << 30
 
@@ -50,13 +52,13 @@ def push(
     ] = PushModes.direct,
     pause_mode: Annotated[Mode, typer.Option(help="What happens to running requests.")] = Mode.keep,
     max_slot_bytes: Annotated[
-        int | None,
+        int,
         typer.Option(
             min=4096,
-            help="Bound of the memory that weights are packed in; engines then wait for the disk, "
-            "too.  [default: all of the model]",
+            help="Bound of the memory that weights are packed in.  For a model that needs more, "
+            "engines wait for the files to be read again, too.",
         ),
-    ] = None,
+    ] = _PUSH_SLOT_NBYTES,
     check_finite: Annotated[
         bool, typer.Option(help="Refuse weights that are NaN or infinite.")
     ] = True,
