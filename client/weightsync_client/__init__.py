@@ -6,7 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from weightsync_client.conversion import ConversionSpec, Rule, register_conversion
+    from weightsync_client.conversion import ConversionSpec, Rule
+    from weightsync_client.conversions import register_conversion
     from weightsync_client.held import LocalShard
     from weightsync_client.operations import Concat, Rearrange, Split, Stack, Unstack
     from weightsync_client.policy import Quorum
@@ -58,7 +59,7 @@ _HOMES = {
     "Unstack": "operations",
     "WarmupReport": "report",
     "WeightSource": "source",
-    "register_conversion": "conversion",
+    "register_conversion": "conversions",
 }
 
 

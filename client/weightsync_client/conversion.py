@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
-from torch import nn
 
 from weightsync.errors import InputError
 from weightsync_client.operations import Binding, Operation, Stack, Unstack
@@ -181,67 +180,6 @@ class ConversionSpec:
             if rule.make is None
         }
         return dropped.union(rest if self.rest == "drop" else ())
-
-
-_registered: dict[str, ConversionSpec] = {}
-_by_architecture: dict[str, str] = {}
-
-
-def register_conversion(spec: ConversionSpec, *, architectures: Sequence[str] = ()) -> None:
-    """Let publishers find a conversion by its name, and by the class of the module pushed.
-
-    Args:
-        spec: It.
-        architectures: Class names of modules that it is for, ``MyMoEForCausalLM``; it is then used
-            for them without being asked for, also in the place of what transformers would do.
-
-    Raises:
-        InputError: Another conversion has that name or that architecture.
-    """
-    architectures = [architectures] if isinstance(architectures, str) else list(architectures)
-    if _known().get(spec.name, spec) != spec:
-        raise InputError(
-            f"another conversion is registered as {spec.name!r}", hint="give it another name"
-        )
-    for architecture in architectures:
-        other = _by_architecture.get(architecture, spec.name)
-        if other != spec.name:
-            raise InputError(
-                f"{architecture} has the conversion {other!r}",
-                hint="hand yours to the publisher: Publisher(..., conversion=spec)",
-            )
-    _registered[spec.name] = spec
-    _by_architecture.update(dict.fromkeys(architectures, spec.name))
-
-
-def find_conversion(name: str) -> ConversionSpec:
-    """The conversion that is registered under a name.
-
-    Raises:
-        InputError: There is none; the nearest names are told.
-    """
-    known = _known()
-    if name not in known:
-        near = difflib.get_close_matches(name, known) or sorted(known)
-        raise InputError(
-            f"no conversion is registered as {name!r}",
-            hint=f"nearest: {', '.join(near)}; register_conversion(spec) adds your own",
-        )
-    return known[name]
-
-
-def conversion_of(module: nn.Module) -> ConversionSpec | None:
-    """The conversion that is registered for a module's class, or one that it is derived from."""
-    classes = (cls.__name__ for cls in type(module).__mro__)  # FSDP2 derives a class of its own
-    return next(
-        (_registered[_by_architecture[name]] for name in classes if name in _by_architecture), None
-    )
-
-
-def _known() -> dict[str, ConversionSpec]:
-    from weightsync_client.conversions import SHIPPED
-
-    return {spec.name: spec for spec in SHIPPED} | _registered
 
 
 def _tuple(names: str | Sequence[str]) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ from torch import nn
 from weightsync.errors import InputError
 from weightsync.geometry import Box
 from weightsync.manifest import TensorSpec
-from weightsync_client.conversion import ConversionSpec, conversion_of, find_conversion
+from weightsync_client.conversion import ConversionSpec
+from weightsync_client.conversions import conversion_of, find_conversion
 from weightsync_client.converted import ConvertedSource
 from weightsync_client.held import Held, LocalShard, hold
 from weightsync_client.hf import checkpoint_tensors

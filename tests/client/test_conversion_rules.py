@@ -31,7 +31,7 @@ from weightsync_client import (
     Unstack,
     register_conversion,
 )
-from weightsync_client import conversion as registry
+from weightsync_client import conversions as registry
 from weightsync_client.source import as_source
 
 transformers = pytest.importorskip("transformers")
