@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.transport.host_cuda import HostCarrier, HostCuda, HostEnd
 from weightsync.transport import (
     CudaIpcTransport,
     Fabric,
@@ -73,11 +75,13 @@ class Wire:
     def end(self) -> Transport:
         if self.kind == "inmemory":
             return self._keep(InMemoryTransport(self.fabric))
+        if self.kind == "cuda_ipc_host":
+            return self._keep(HostEnd(HostCarrier(self.fabric)))
         return self._keep(_MAKERS[self.kind]("test"))
 
     def stalled_end(self) -> Transport:
         """An end at which no write ever completes."""
-        if self.kind == "inmemory":
+        if self.kind in {"inmemory", "cuda_ipc_host"}:
             end = self.end()
             self.fabric.inject(end.name, Faults(lose_write=True))
             return end
@@ -92,7 +96,8 @@ class Wire:
             return on_gpu
         array = np.zeros(nbytes, np.uint8)
         self.kept.append(array)
-        end.register([LocalMemory(array.ctypes.data, nbytes)])
+        kind = "VRAM" if self.kind == "cuda_ipc_host" else "DRAM"
+        end.register([LocalMemory(array.ctypes.data, nbytes, kind)])
         return array
 
     def _keep(self, end: Transport) -> Transport:
@@ -122,11 +127,15 @@ _MAKERS = {
         "inmemory",
         pytest.param("nixl", marks=pytest.mark.nixl),
         pytest.param("ucxx", marks=pytest.mark.integrations),
+        "cuda_ipc_host",
         pytest.param("cuda_ipc", marks=[pytest.mark.nixl, pytest.mark.gpu]),
     ]
 )
 def wire(request: pytest.FixtureRequest) -> Iterator[Wire]:
     wire = Wire(request.param)
-    yield wire
-    for end in wire.ends:
-        end.close()
+    cuda = HostCuda()
+    with cuda.in_place() if request.param == "cuda_ipc_host" else nullcontext():
+        yield wire
+        for end in wire.ends:
+            end.close()
+    assert not cuda.opened
