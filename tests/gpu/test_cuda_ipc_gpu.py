@@ -121,6 +121,25 @@ def test_a_peer_that_is_gone_is_noticed_and_cuda_goes_on(writer, peer, src, sent
     assert bool((src == 5).all())
 
 
+def test_memory_of_a_dead_peer_is_free_again_once_the_writer_lets_go(writer, peer, src):
+    """Whether it is before, is printed: an engine that starts again would miss it."""
+
+    def free() -> int:
+        return torch.cuda.mem_get_info(peer.side.device_id)[0]
+
+    write = prepared(writer, peer, src)
+    writer.post(write, b"v1")
+    writer.wait([write], timeout_s=20)
+    before = free()
+    peer.process.kill()
+    peer.process.wait(10)
+    time.sleep(1)
+    print(f"freed by its end: {(free() - before) >> 20} MiB of {NBYTES >> 20}")
+    writer.remove_peer(write.peer)
+    time.sleep(1)
+    assert free() - before >= NBYTES
+
+
 def test_copies_of_a_writer_that_is_stopped_land_and_their_message_does_not_come():
     """Why the fence waits for writers of the host: docs/failure-model.md says what this shows."""
     dst = torch.zeros(NBYTES, dtype=torch.uint8, device="cuda:0")
