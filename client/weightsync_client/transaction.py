@@ -227,10 +227,12 @@ class Transaction:
 
         def call(agent: Agent) -> float:
             request = self._sent(CommitRequest, agent, timeout_s)
+            answer_s = timeout_s
             if self.joined:
                 request = request.model_copy(update={"resume": True})
+                answer_s += self._deadlines.resume_s
             self.stages[agent.url] = Stage.COMMITTING
-            answer = self._post(agent, "/commit_update", request, timeout_s)
+            answer = self._post(agent, "/commit_update", request, answer_s)
             resumed = self.joined and answer.state == "ready"
             self.stages[agent.url] = Stage.RESUMED if resumed else Stage.COMMITTED
             self._seconds[agent.url] = dict(answer.seconds)

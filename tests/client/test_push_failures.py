@@ -217,6 +217,16 @@ def test_a_resume_that_fails_with_the_commit_is_asked_for_again(
     assert agent.calls[-2:] == ["/resume", "/resume"]
 
 
+def test_a_resume_with_the_commit_has_its_own_time_beside_the_commits(
+    agent: Agent, make_publisher: Make, model: nn.Module
+) -> None:
+    agent.before["/resume"] = lambda: time.sleep(1.0)
+    deadlines = Deadlines(commit_s=0.2, resume_s=5.0, grace_s=0.1)
+    make_publisher(agent, deadlines=deadlines).push(model)
+    assert agent.calls.count("/resume") == 1
+    assert agent.generating
+
+
 def test_a_session_that_ended_is_renewed_without_a_needless_pause(
     agent: Agent, make_publisher: Make, model: nn.Module
 ) -> None:
