@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from weightsync.errors import EngineError, VerifyError
@@ -24,6 +26,23 @@ async def prepare(t, version: int, expect: int = 200):
     ranks = t.ranks("digests", [b"d" * 16, b"e" * 16])
     body = t.step | {"version": version, "ranks": ranks}
     return await t.agent.post("/prepare_commit", expect=expect, **body)
+
+
+async def test_the_reset_of_the_caches_begins_with_the_pause_and_not_before(
+    agent, engine, shadowed
+):
+    t = await shadowed()
+    await t.begin(1, mode="shadow")
+    await prepare(t, 1)
+    assert "reset_prefix_cache" not in engine.client.ops
+    await t.pause()
+    for _ in range(200):
+        if "reset_prefix_cache" in engine.client.ops:
+            break
+        await asyncio.sleep(0.01)
+    assert engine.client.ops[-2:] == ["pause", "reset_prefix_cache"]
+    await t.commit(1, ranks=[])
+    assert engine.client.ops.count("reset_prefix_cache") == 1
 
 
 async def push(t, version: int):

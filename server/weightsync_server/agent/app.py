@@ -44,6 +44,7 @@ from weightsync.protocol import (
     WorkerReply,
 )
 from weightsync_server.agent import problems
+from weightsync_server.agent.aside import aside
 from weightsync_server.agent.auth import REPLY_PATH, Gate
 from weightsync_server.agent.calls import Calls
 from weightsync_server.agent.engine_client import EngineClient
@@ -63,9 +64,6 @@ from weightsync_server.agent.workers import ShadowTerms
 
 M = TypeVar("M", bound=Message)
 R = TypeVar("R", bound=BaseModel)
-
-#: bodies up to here are validated on the event loop: a thread would cost more
-_SMALL_NBYTES = 64 << 10
 
 
 class Health(BaseModel):
@@ -355,8 +353,6 @@ async def parsed(kind: type[M], raw: bytes) -> M:
         InputError: It is not one; names each place that is wrong.
     """
     try:
-        if len(raw) <= _SMALL_NBYTES:
-            return kind.model_validate_json(raw or b"{}")
-        return await asyncio.to_thread(kind.model_validate_json, raw)
+        return await aside(len(raw), kind.model_validate_json, raw or b"{}")
     except ValidationError as error:
         raise problems.invalid_input(error) from error

@@ -12,7 +12,7 @@ Reset = Callable[[], Coroutine[object, object, None]]
 
 
 class CacheReset:
-    """One push's reset: done before its commit, and beside its writes where the engine is paused.
+    """One push's reset: from when it has begun and the engine is paused, and before its commit.
 
     A drained engine makes no new blocks meanwhile.  The commit waits before it asks the workers:
     if the reset fails they still say that they are dirty, even to a new agent.  One that knows
@@ -27,11 +27,14 @@ class CacheReset:
         self._task: asyncio.Task[float] | None = None
         self._wanted = True
 
-    def begin(self, *, wanted: bool, paused: bool) -> None:
-        """A push begins; what its reset fails with, :meth:`finish` raises."""
+    def begin(self, *, wanted: bool) -> None:
+        """A push begins, and tells if it wants a reset."""
         self.drop()
         self._wanted = wanted
-        if wanted and paused:
+
+    def start(self) -> None:
+        """The engine is paused for it; what the reset fails with, :meth:`finish` raises."""
+        if self._wanted and self._task is None:
             self._task = asyncio.create_task(_timed(self._reset))
 
     async def finish(self, timeout_s: float) -> float | None:

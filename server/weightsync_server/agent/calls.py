@@ -56,6 +56,7 @@ from weightsync.state_events import (
 from weightsync.worker_messages import (
     VerifyBody,
 )
+from weightsync_server.agent.aside import aside
 from weightsync_server.agent.bodies import Bodies
 from weightsync_server.agent.joined import joined, pause_and_begin
 from weightsync_server.agent.journal import Record, Remembered
@@ -319,10 +320,7 @@ class Calls:
         async def work(begun: Mark) -> StepResponse:
             return await self._step(event, request, timeout_s, begun, extra)
 
-        if isinstance(request, (PrepareRequest, CommitRequest)):
-            asked = await asyncio.to_thread(_fingerprint, request)
-        else:
-            asked = _fingerprint(request)
+        asked = await aside(_packed_nbytes(request), _fingerprint, request)
         return await self._once.run((name, push_id), asked, work, keep_errors=keep_errors)
 
     def _remember(self, key: Hashable, asked: Hashable, task: asyncio.Task[Any]) -> None:
@@ -348,7 +346,7 @@ class Calls:
         self._service.fence.written(event.push_id)  # nobody may say this before it is so
         if not self._once.knows((name, event.push_id)):
             step(self._service.state, event)  # refused before anything big is unpacked
-        bodies = await asyncio.to_thread(bodies_of, request, self._workers)
+        bodies = await aside(_packed_nbytes(request), bodies_of, request, self._workers)
         return await self._push_step(
             name, event.push_id, event, request, keep_errors=True, extra={"bodies": bodies}
         )
@@ -380,6 +378,13 @@ def _fingerprint(request: Message) -> str:
     """
     text = request.model_dump_json(exclude=_NOT_ASKED)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _packed_nbytes(request: Message) -> int:
+    """Of digests, which alone can be many."""
+    if not isinstance(request, (PrepareRequest, CommitRequest)):
+        return 0
+    return sum(len(packed) for rank in request.ranks for packed in rank.digests)
 
 
 def _answered(remembered: Remembered) -> StepResponse:

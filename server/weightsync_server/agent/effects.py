@@ -76,6 +76,8 @@ class Effects:
                 if push_id is not None:
                     self._clock.paused(push_id, mode)
                 await self._engines.pause(mode, work.left_s())
+                if state.phase == "shadowing":
+                    self._cache_reset.start()
                 return Paused(push_id)
             case Effect.RESUME:
                 await self._engines.resume(self._clean_up_s)
@@ -100,7 +102,9 @@ class Effects:
                 for worker in begun:
                     work.span("begin", asked, worker.at, worker.place)
                 wanted = isinstance(request, BeginRequest) and request.reset_prefix_cache
-                self._cache_reset.begin(wanted=wanted, paused=state.phase == "receiving")
+                self._cache_reset.begin(wanted=wanted)
+                if state.phase == "receiving":
+                    self._cache_reset.start()
                 return None
             case Effect.COMMIT if isinstance(event, CommitAsked):
                 if (reset_s := await self._cache_reset.finish(work.left_s())) is not None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Generic, Literal, TypeVar
 
 from weightsync.codec import pack, unpack
@@ -21,12 +21,12 @@ from weightsync.errors import (
     EngineDetachedError,
     EngineError,
     StateError,
-    WeightSyncError,
     from_problem,
 )
-from weightsync.protocol import PROTOCOL_VERSION, PauseMode, WorkerCommand, WorkerReply
+from weightsync.protocol import PROTOCOL_VERSION, PauseMode, WorkerCommand
+from weightsync_server.agent.aside import aside
 from weightsync_server.agent.engine_http import Connections
-from weightsync_server.agent.replies import PendingCall, Replies
+from weightsync_server.agent.replies import PendingCall, Replies, in_order
 from weightsync_server.secret import HEADER
 
 T = TypeVar("T")
@@ -51,9 +51,7 @@ Op = Literal[
 
 #: what changes live weights without an epoch whose end could void it
 _IN_PAUSE: frozenset[Op] = frozenset({"rollback", "reload"})
-#: commands without a bulky body, and answers up to this size: a thread would cost more
-_SMALL: frozenset[Op] = frozenset({"describe", "begin", "abort", "rollback", "reload", "close"})
-_SMALL_NBYTES = 64 << 10
+_BULKY: frozenset[Op] = frozenset({"layout", "connect"})
 #: what the answer on the way back may take longer than the engine was given
 _MARGIN_S = 2.0
 #: how long answers may follow the engine's word that every worker has returned
@@ -167,7 +165,7 @@ class EngineClient:
         """Like :meth:`ask`, for what is answered with no more than "done"."""
         pending = await self._call(op, timeout_s, body, bodies)
         return [
-            Answer(r.place, r.instance, None, pending.at[r.place]) for r in _replies(op, pending)
+            Answer(r.place, r.instance, None, pending.at[r.place]) for r in in_order(op, pending)
         ]
 
     async def ask(
@@ -194,9 +192,8 @@ class EngineClient:
             EngineError: The engine failed, or answered in part.
         """
         pending = await self._call(op, timeout_s, body, bodies)
-        if sum(len(r.body) for r in pending.by_place.values()) <= _SMALL_NBYTES:
-            return self._unpacked(op, kind, pending)
-        return await asyncio.to_thread(self._unpacked, op, kind, pending)
+        nbytes = sum(len(r.body) for r in pending.by_place.values())
+        return await aside(nbytes, self._unpacked, op, kind, pending)
 
     def own(self, bodies: Mapping[str, object] | None) -> dict[str, object]:
         """Those of ``bodies`` that are for workers of this engine."""
@@ -225,8 +222,10 @@ class EngineClient:
         pending = self._replies.open(call_id, self.workers)
         try:
             async with asyncio.timeout(timeout_s):
-                make = partial(self._command, call_id, op, timeout_s, body, bodies)
-                command = make() if op in _SMALL else await asyncio.to_thread(make)
+                command = await aside(
+                    _bulk_nbytes(op, [body, *(bodies or {}).values()]),
+                    self._command, call_id, op, timeout_s, body, bodies,
+                )  # fmt: skip
                 await self._rpc(op, command, timeout_s, pending)
         except (TimeoutError, DeadlineError, EngineError) as error:
             if any(r.problem for r in pending.by_place.values()):
@@ -316,7 +315,7 @@ class EngineClient:
         limit = self._max_unpacked_nbytes
         return [
             Answer(r.place, r.instance, unpack(r.body, kind, max_nbytes=limit), pending.at[r.place])
-            for r in _replies(op, pending)
+            for r in in_order(op, pending)
         ]
 
     async def _send(
@@ -371,30 +370,9 @@ class EngineClient:
         )
 
 
-def _replies(op: Op, pending: PendingCall) -> list[WorkerReply]:
-    """The answers, sorted by place.
-
-    Raises:
-        WeightSyncError: What a worker answered with.
-    """
-    replies = [pending.by_place[place] for place in sorted(pending.by_place)]
-    if failed := [r for r in replies if r.problem is not None]:
-        raise _merged(op, failed)
-    return replies
-
-
-def _merged(op: Op, failed: list[WorkerReply]) -> WeightSyncError:
-    """The first worker's error, with every worker's place; refusals of all of them together."""
-    error = from_problem(failed[0].problem or {})
-    context = dict(error.context) | {"phase": op, "places": [r.place for r in failed]}
-    refusals = [
-        {**refusal, "place": r.place}
-        for r in failed
-        for refusal in from_problem(r.problem or {}).context.get("refusals", [])
-    ]
-    if refusals:
-        context["refusals"] = refusals
-    context.pop("hint", None)
-    return type(error)(
-        f"{op}, worker {failed[0].place}: {error.message}", hint=error.hint, **context
-    )
+def _bulk_nbytes(op: Op, bodies: Iterable[object]) -> int:
+    """About what packing them takes; of the commands of a pause only digests can be many."""
+    if op in _BULKY:
+        return sys.maxsize
+    ranks = [rank for body in bodies for rank in getattr(body, "ranks", ())]
+    return sum(map(len, (digest for rank in ranks for digest in rank.digests)))

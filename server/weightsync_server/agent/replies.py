@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from weightsync.errors import EngineError, StateError, WeightSyncError
+from weightsync.errors import EngineError, StateError, WeightSyncError, from_problem
 from weightsync.protocol import WorkerReply
 
 
@@ -77,3 +77,32 @@ class Replies:
         """End all waits: the engine is gone."""
         for pending in self._pending.values():
             pending.fail(error)
+
+
+def in_order(op: str, pending: PendingCall) -> list[WorkerReply]:
+    """The answers to ``op``, sorted by place.
+
+    Raises:
+        WeightSyncError: What a worker answered with.
+    """
+    replies = [pending.by_place[place] for place in sorted(pending.by_place)]
+    if failed := [r for r in replies if r.problem is not None]:
+        raise _merged(op, failed)
+    return replies
+
+
+def _merged(op: str, failed: list[WorkerReply]) -> WeightSyncError:
+    """The first worker's error, with every worker's place; refusals of all of them together."""
+    error = from_problem(failed[0].problem or {})
+    context = dict(error.context) | {"phase": op, "places": [r.place for r in failed]}
+    refusals = [
+        {**refusal, "place": r.place}
+        for r in failed
+        for refusal in from_problem(r.problem or {}).context.get("refusals", [])
+    ]
+    if refusals:
+        context["refusals"] = refusals
+    context.pop("hint", None)
+    return type(error)(
+        f"{op}, worker {failed[0].place}: {error.message}", hint=error.hint, **context
+    )

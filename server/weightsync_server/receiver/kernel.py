@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from typing import Any
@@ -121,21 +122,33 @@ def check_identities(model: nn.Module, known: dict[str, Identity]) -> None:
     Raises:
         IdentityError: One moved; a write to its old place would be lost or would corrupt.
     """
-    tensors = tensors_of(model)  # the engine stands still meanwhile: one walk, not one a name
-    for name, identity in known.items():
-        t = tensors.get(name)
-        if t is None or not identity.holds(t):
-            now = None if t is None else Identity.of(t)
-            raise IdentityError(
-                f"kernel tensor {name} changed since it was registered: {identity} is now {now}",
-                hint="sleep/wake, LoRA or a reload moves weights: a new rendezvous registers them",
-                tensor=name,
-            )
+    with plainly():  # the engine stands still meanwhile: one walk, too, not one a name
+        tensors = tensors_of(model)
+        for name, identity in known.items():
+            t = tensors.get(name)
+            if t is None or not identity.holds(t):
+                now = None if t is None else Identity.of(t)
+                raise IdentityError(
+                    f"kernel tensor {name} changed since it was registered: {identity} is now "
+                    f"{now}",
+                    hint="sleep/wake, LoRA or a reload moves weights: a new rendezvous registers "
+                    "them",
+                    tensor=name,
+                )
+
+
+def plainly() -> AbstractContextManager[None]:
+    """Within this a parameter of a class of the engine's is no more than a tensor.
+
+    vLLM's classes answer each look at a shape, or at an address, in Python: several microseconds.
+    """
+    return torch._C.DisableTorchFunctionSubclass()
 
 
 def flat_bytes(t: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor, in index order, as flat uint8; a view where it is contiguous."""
-    return t.detach().contiguous().reshape(-1).view(torch.uint8)
+    with plainly():  # and so the view is a plain one, too
+        return t.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
