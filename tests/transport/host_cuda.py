@@ -7,6 +7,7 @@ handle of it is its address.  Copies are made when somebody looks whether they a
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from unittest.mock import patch
@@ -26,12 +27,16 @@ class HostCuda:
 
     Attributes:
         stuck: No copy ends.
+        takes_s: Seconds from the post to the end of the copies.
+        looks: At whether copies have ended.
         unmappable: No memory can be mapped.
         opened: Allocations that are mapped, each as often as it is.
     """
 
     def __init__(self) -> None:
         self.stuck = False
+        self.takes_s = 0.0
+        self.looks = 0
         self.unmappable = False
         self.opened: list[int] = []
         cuda = self
@@ -43,9 +48,12 @@ class HostCuda:
         class Event:
             def record(self, stream: Stream) -> None:
                 self.stream = stream
+                self.ends_s = time.monotonic() + cuda.takes_s
 
             def query(self) -> bool:
-                while self.stream.queued and not cuda.stuck:
+                cuda.looks += 1
+                over = time.monotonic() >= self.ends_s and not cuda.stuck
+                while self.stream.queued and over:
                     ctypes.memmove(*self.stream.queued.pop())
                 return not self.stream.queued
 

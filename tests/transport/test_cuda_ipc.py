@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from unittest.mock import patch
 
@@ -76,6 +77,41 @@ def test_no_message_leaves_before_the_copies_have_completed(pair, cuda):
     pair.writer.wait([write], timeout_s=5)
     assert np.array_equal(pair.src, pair.dst)
     assert pair.target.notifications()
+
+
+def test_a_write_is_looked_at_rarely_before_it_can_have_ended(pair, cuda):
+    write = pair.prepare()
+    cuda.takes_s = 0.1
+    looks = []
+    for _ in range(3):
+        before, pair.dst[:] = cuda.looks, 0
+        assert pair.arrives(write)
+        looks.append(cuda.looks - before)
+    assert looks[0] > 100
+    assert max(looks[1:]) < looks[0] / 4
+
+
+def test_a_write_that_is_quicker_than_ever_is_seen_soon(pair, cuda):
+    write = pair.prepare()
+    cuda.takes_s = 0.2
+    assert pair.arrives(write)
+    cuda.takes_s = 0.03
+    for most_s in (0.15, 0.09):
+        started_s, pair.dst[:] = time.monotonic(), 0
+        assert pair.arrives(write)
+        assert time.monotonic() - started_s < most_s
+
+
+def test_a_deadline_ends_the_wait_for_a_write_that_took_longer_before(pair, cuda):
+    write = pair.prepare()
+    cuda.takes_s = 0.1
+    assert pair.arrives(write)
+    pair.writer.post(write, b"v1")
+    started_s = time.monotonic()
+    with pytest.raises(DeadlineError, match=pair.peer):
+        pair.writer.wait([write], timeout_s=0.01)
+    assert time.monotonic() - started_s < 0.08
+    pair.writer.wait([write], timeout_s=5)
 
 
 @pytest.mark.parametrize("end", ["close the write", "remove the peer", "close the end"])
