@@ -18,7 +18,6 @@ any device), numpy's sums of rows and columns on the CPU (``digest_cpu``), a Tri
 
 from __future__ import annotations
 
-import struct
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -95,44 +94,82 @@ def scan(
     Returns:
         The digests, and whether no value is NaN or infinite (True where nobody asks).
     """
-    if not pieces:
-        meanwhile()
-        return [], True
-    device = pieces[0].device
-    for p in pieces:
-        if p.dtype != torch.uint8 or p.dim() != 1 or not p.is_contiguous() or p.device != device:
-            raise InputError(
-                f"a digest is of flat contiguous uint8 tensors on one device ({device}), got "
-                f"{p.dtype} of shape {tuple(p.shape)} and strides {p.stride()} on {p.device}",
-                hint="view the memory as bytes first",
-            )
-    if device.type == "cpu":
-        meanwhile()
-        return digest_cpu.scan(pieces, dtypes)
-    if device.type == "cuda" and find_spec("triton") is not None:
-        from weightsync import digest_triton
+    return Scan(pieces, dtypes).run(meanwhile)
 
-        if dtypes is None or all(map(digest_triton.knows, dtypes)):
-            sums, full = digest_triton.scan(pieces, dtypes)
-            done = torch.cuda.Event()
-            done.record(torch.cuda.current_stream(device))
+
+class Scan:
+    """:func:`scan` of the same memory again and again: what can be known of it is, from here on.
+
+    It keeps the pieces, and so their memory, alive.
+
+    Args:
+        pieces: See :func:`digests`.
+        dtypes: See :func:`scan`.
+
+    Raises:
+        InputError: See :func:`digests`.
+    """
+
+    def __init__(
+        self, pieces: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype] | None
+    ) -> None:
+        self._pieces = pieces
+        self._dtypes = dtypes
+        self._device = device = pieces[0].device if pieces else torch.device("cpu")
+        self._queue: Callable[[], torch.Tensor] | None = None
+        #: the shortest time that a GPU took; 0: none did
+        self._best_s = 0.0
+        for p in pieces:
+            flat = p.dtype == torch.uint8 and p.dim() == 1 and p.is_contiguous()
+            if not flat or p.device != device:
+                raise InputError(
+                    f"a digest is of flat contiguous uint8 tensors on one device ({device}), got "
+                    f"{p.dtype} of shape {tuple(p.shape)} and strides {p.stride()} on {p.device}",
+                    hint="view the memory as bytes first",
+                )
+        if device.type == "cuda" and find_spec("triton") is not None:
+            from weightsync import digest_triton
+
+            if dtypes is None or all(map(digest_triton.knows, dtypes)):
+                self._queue = digest_triton.Scan(pieces, dtypes).queue
+
+    def run(self, meanwhile: Callable[[], object] = lambda: None) -> tuple[list[bytes], bool]:
+        """What the memory holds now: see :func:`scan`."""
+        if self._queue is not None:
+            made = self._queue()
+            self._wait(meanwhile)
+            found = made.cpu()
+            return _packed(found[:-1]), not found[-1].item()
+        pieces, dtypes = self._pieces, self._dtypes
+        if self._device.type == "cpu":
             meanwhile()
-            while not done.query():  # CUDA's own wait keeps a core busy, which others have use for
-                time.sleep(_REST_S)
-            return _packed(sums), not full.item()
-    flags = [
-        all_finite(p.view(dtype))
-        for p, dtype in zip(pieces, dtypes or (), strict=dtypes is not None)
-        if p.numel() and dtype.is_floating_point
-    ]
-    sums = torch.stack([digest_sums(p) for p in pieces])
-    meanwhile()
-    return _packed(sums), bool(torch.stack(flags).all()) if flags else True
+            return digest_cpu.scan(pieces, dtypes) if pieces else ([], True)
+        flags = [
+            all_finite(p.view(dtype))
+            for p, dtype in zip(pieces, dtypes or (), strict=dtypes is not None)
+            if p.numel() and dtype.is_floating_point
+        ]
+        sums = torch.stack([digest_sums(p) for p in pieces])
+        meanwhile()
+        return _packed(sums), bool(torch.stack(flags).all()) if flags else True
+
+    def _wait(self, meanwhile: Callable[[], object]) -> None:
+        """Until the GPU is done.  CUDA's own wait keeps a core busy, which others have use for."""
+        started_s = time.monotonic()
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(self._device))
+        meanwhile()
+        while not done.query():
+            left_s = started_s + self._best_s - time.monotonic()
+            time.sleep(max(left_s / 2, _REST_S))  # few looks before the end is near
+        took_s = time.monotonic() - started_s
+        self._best_s = min(self._best_s or took_s, took_s)
 
 
 def _packed(sums: torch.Tensor) -> list[bytes]:
-    rows: list[list[int]] = sums.tolist()
-    return [struct.pack("<qq", a, b) for a, b in rows]
+    """The digests of an int64 tensor of sums, two for each piece."""
+    raw = sums.cpu().numpy().astype("<i8", copy=False).tobytes()
+    return [raw[k : k + 16] for k in range(0, len(raw), 16)]
 
 
 def all_finite(values: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,7 @@ def _add_words(
 
 @triton.jit
 def _digest_kernel(
-    sums_ptr: tl.tensor,  # int64[pieces, 2]
+    sums_ptr: tl.tensor,  # int64[2 * pieces]
     addr_ptr: tl.tensor,  # int64[pieces], multiples of 8
     nbytes_ptr: tl.tensor,  # int64[pieces]
     piece_ptr: tl.tensor,  # int32[programs]: whose chunk this is
@@ -123,44 +123,53 @@ class _Tables(NamedTuple):
     exponents: torch.Tensor
 
 
-def digest_sums(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The two sums of each flat contiguous uint8 tensor, as int64[pieces, 2] on their device.
+class Scan:
+    """Some pieces of one GPU's memory, digested again and again: each time is one launch.
 
-    The kernel is queued on the current stream; nothing waits for it.  Pieces that do not start at
-    a multiple of 8 bytes are copied first.
-    """
-    return scan(pieces, None)[0]
-
-
-def scan(
-    pieces: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype] | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`digest_sums`, and int32[1]: 1 where a value is NaN or infinite.
+    Pieces that do not start at a multiple of 8 bytes are copied first, each time.
 
     Args:
-        pieces: See :func:`digest_sums`.
+        pieces: Flat contiguous uint8 tensors.
         dtypes: Of the values in each piece, see :func:`knows`; None: nobody asks.
     """
-    device = pieces[0].device
-    pieces = [p if p.data_ptr() % 8 == 0 else p.clone() for p in pieces]
-    sums = torch.zeros(len(pieces), 2, dtype=torch.int64, device=device)
-    full = torch.zeros(1, dtype=torch.int32, device=device)
-    exponents = None if dtypes is None else tuple(_exponents(dtype) for dtype in dtypes)
-    # the memory of an epoch is the same in every push: so are its tables
-    where = tuple((p.data_ptr(), p.numel()) for p in pieces)
-    tables = _tables(where, exponents, _TILE_WORDS * _TILES, device)
-    if tables.programs:
-        with torch.cuda.device_of(sums):
-            _digest_kernel[(tables.programs,)](
-                sums,
-                *tables[1:],
-                full,
-                check=dtypes is not None,
-                tile_words=_TILE_WORDS,
-                tiles=_TILES,
-                num_warps=_NUM_WARPS,
-            )
-    return sums, full
+
+    def __init__(
+        self, pieces: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype] | None
+    ) -> None:
+        self._pieces = pieces
+        self._device = pieces[0].device
+        self._check = dtypes is not None
+        self._exponents = None if dtypes is None else tuple(map(_exponents, dtypes))
+        self._known = None if any(p.data_ptr() % 8 for p in pieces) else self._tables(pieces)
+
+    def _tables(self, pieces: Sequence[torch.Tensor]) -> _Tables:
+        where = tuple((p.data_ptr(), p.numel()) for p in pieces)
+        return _tables(where, self._exponents, _TILE_WORDS * _TILES, self._device)
+
+    def queue(self) -> torch.Tensor:
+        """Queue the kernel on the current stream; nothing waits for it.
+
+        Returns:
+            int64 on the device: the two sums of each piece, and what is not 0 if a value is NaN or
+            infinite.
+        """
+        pieces = self._pieces
+        if self._known is None:
+            pieces = [p if p.data_ptr() % 8 == 0 else p.clone() for p in pieces]
+        tables = self._known or self._tables(pieces)
+        made = torch.zeros(2 * len(pieces) + 1, dtype=torch.int64, device=self._device)
+        if tables.programs:
+            with torch.cuda.device_of(made):
+                _digest_kernel[(tables.programs,)](
+                    made,
+                    *tables[1:],
+                    made[-1:].view(torch.int32),
+                    check=self._check,
+                    tile_words=_TILE_WORDS,
+                    tiles=_TILES,
+                    num_warps=_NUM_WARPS,
+                )
+        return made
 
 
 @lru_cache(maxsize=8)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from weightsync.codec import pack
-from weightsync.digest import scan
+from weightsync.digest import Scan
 from weightsync.errors import DeadlineError, WeightSyncError
 from weightsync.layout import WorkerLayout
 from weightsync.manifest import Manifest
@@ -91,7 +91,8 @@ class Session:
         self._layouts = layouts
         self._known_sizes: dict[int, tuple[int, int]] = {}
         self._wrote_s = 0.0
-        self._digests: list[dict[tuple[int, int], bytes]] = []
+        #: of each round, in the order of its ranges
+        self._digests: list[list[bytes]] = []
         # Replicas read the same slot bytes: those are checked and digested once.
         self._ranges = [
             {
@@ -101,7 +102,8 @@ class Session:
             }
             for each in plan.rounds
         ]
-        self._known_pieces: dict[int, tuple[list[torch.Tensor], list[torch.dtype]]] = {}
+        self._scans: dict[tuple[int, bool], Scan] = {}
+        self._known_orders: dict[int, list[list[int]]] = {}
         self._owned = ExitStack()  # closes the newest first: members, registration, wire, slots
         try:
             self.slots = Slots(plan, manifest, device, loan)
@@ -207,28 +209,24 @@ class Session:
             NonFiniteError: See :func:`weightsync_client.slots.refuse_non_finite`.
         """
         self.sent = None
-        digest: list[dict[tuple[int, int], bytes]] = [{} for _ in self._ranges]
+        digests: list[list[bytes]] = [[] for _ in self._ranges]
         bad: dict[tuple[str, int], dict[str, object]] = {}
         for k in reversed(range(self.rounds)):
-            here = self._ranges[k]
             self.slots.fill(source, k)
-            pieces, dtypes = self._pieces(k)
-            found, finite = scan(pieces, dtypes if check_finite else None)
+            digests[k], finite = self._scan(k, check_finite).run()
             if not finite:
                 bad.update(self.slots.non_finite(source, k))
-            digest[k] = dict(zip(here, found, strict=True))
         refuse_non_finite(list(bad.values()))
-        self._digests = digest
+        self._digests = digests
         return self.digests(self.members)
 
-    def _pieces(self, number: int) -> tuple[list[torch.Tensor], list[torch.dtype]]:
-        """What a round writes, and of which values: made once."""
-        known = self._known_pieces.get(number)
-        if known is None:
+    def _scan(self, number: int, check_finite: bool) -> Scan:
+        """Of what a round writes: the same memory in all pushes of the epoch."""
+        if (number, check_finite) not in self._scans:
             here = self._ranges[number]
-            known = self.slots.pieces(here), [torch_dtype(name) for name in here.values()]
-            self._known_pieces[number] = known
-        return known
+            dtypes = [torch_dtype(name) for name in here.values()] if check_finite else None
+            self._scans[number, check_finite] = Scan(self.slots.pieces(here), dtypes)
+        return self._scans[number, check_finite]
 
     def digests(self, urls: Iterable[str]) -> dict[str, list[str]]:
         """For each of these agents the digests of what the last fill made, packed by worker."""
@@ -236,16 +234,20 @@ class Session:
 
         def of(worker: Worker) -> str:
             if worker.like not in packed:
-                packed[worker.like] = pack(
-                    [
-                        self._digests[k][w.slot_offset, w.nbytes]
-                        for k, each in enumerate(self._plan.rounds)
-                        for w in each.writes[worker.like]
-                    ]
-                )
+                rounds = zip(self._digests, self._order(worker.like), strict=True)
+                packed[worker.like] = pack([digests[k] for digests, order in rounds for k in order])
             return packed[worker.like]
 
         return {url: [of(worker) for worker in self.members[url].workers] for url in urls}
+
+    def _order(self, like: int) -> list[list[int]]:
+        """Where a worker's writes are among the digests of each round: looked up once."""
+        if like not in self._known_orders:
+            self._known_orders[like] = order = []
+            for here, each in zip(self._ranges, self._plan.rounds, strict=True):
+                at = {where: k for k, where in enumerate(here)}
+                order.append([at[w.slot_offset, w.nbytes] for w in each.writes[like]])
+        return self._known_orders[like]
 
     def write(
         self,
@@ -312,8 +314,8 @@ class Session:
             self.sent is not None
             and self.rounds <= 2
             and all(
-                list(digest.values()) == scan(self.slots.pieces(digest), None)[0]
-                for digest in self._digests
+                digests == self._scan(k, check_finite=False).run()[0]
+                for k, digests in enumerate(self._digests)
             )
         )
 
@@ -338,5 +340,5 @@ class Session:
     def close(self) -> None:
         """Give up what is in flight and release everything.  Safe to call twice."""
         self.sent = None
-        self._known_pieces.clear()  # no view outlives the memory
+        self._scans.clear()  # no view outlives the memory
         self._owned.close()

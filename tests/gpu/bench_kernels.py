@@ -16,7 +16,7 @@ import triton.testing
 from weightsync import quantize as q
 from weightsync import quantize_triton
 from weightsync.digest import digests
-from weightsync.digest_triton import digest_sums
+from weightsync.digest_triton import Scan
 
 
 def _rate(nbytes: int, work: Callable[[], object]) -> float:
@@ -106,7 +106,7 @@ def bench_digest(copy: float) -> None:
         for start in (0, 4):
             pieces = [memory[a : a + nbytes - 16] for a in range(start, 4 << 30, nbytes)]
             total = sum(p.numel() for p in pieces)
-            rate = _rate(total, lambda p=pieces: digest_sums(p))
+            rate = _rate(total, lambda p=pieces: Scan(p, None).queue())
             _row(f"digest kernel and tables, {name} pieces at +{start}", rate, copy)
             before = time.perf_counter()
             digests(pieces)

@@ -197,7 +197,7 @@ def _digests(device: torch.device) -> str:
         for nbytes in (0, 1, 4, 7, 8, 9, 12, 4096, 16384, 16385, chunk - start, chunk, chunk + 3)
     ]
     cuts += [(0, 2 * chunk), (8, 2 * chunk + 4005), (7, 2 * chunk + 4000)]
-    sums = digest_triton.digest_sums([there[a:b] for a, b in cuts])
+    sums = digest_triton.Scan([there[a:b] for a, b in cuts], None).queue()[:-1].view(-1, 2)
     want = torch.stack([digest.digest_sums(memory[a:b]) for a, b in cuts])
     return "\n".join(
         f"bytes {cut}: {got}, not {right}"
@@ -230,7 +230,8 @@ def _finite(device: torch.device) -> str:
             some[at] = value
             there = some.view(torch.uint8).to(device)
             cut = 8 * (k % 3) if at > 100 else 0
-            got = digest_triton.scan([there[:0], there[cut:]], [torch.float32, dtype])[1].item()
+            scan = digest_triton.Scan([there[:0], there[cut:]], [torch.float32, dtype])
+            got = scan.queue()[-1].item()
             finite = value.to(torch.float64).isfinite().item()
             if got != (not finite):
                 wrong.append(f"{dtype} {value.item()!r} at {at}: {got}")
