@@ -34,17 +34,19 @@ async def start(make_agent, engine, path):
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """While it is set nothing can be written to disk."""
-    state = {"full": False}
-    fdopen = os.fdopen
+    """While it is set there is room on the disk for a few bytes more, and for nothing then."""
+    state = {"full": False, "room": 7}
+    write = os.write
 
-    def maybe(fd, mode="r", *more):
-        if state["full"] and "w" in mode:
-            os.close(fd)
+    def maybe(fd, data):
+        if not state["full"]:
+            return write(fd, data)
+        room, state["room"] = state["room"], 0
+        if not room:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return fdopen(fd, mode, *more)
+        return write(fd, data[:room])
 
-    monkeypatch.setattr(os, "fdopen", maybe)
+    monkeypatch.setattr(os, "write", maybe)
     return state
 
 
@@ -293,9 +295,9 @@ async def test_a_disk_that_fills_up_in_the_push_does_not_take_the_version_back(
 
 async def test_a_damaged_journal_is_set_aside_and_told(start, engine, path, trainer):
     await (await trainer(await start()).rendezvous()).push(2)
-    raw = path.read_bytes()
     agent = await start()
     await agent.stop()
+    raw = path.read_bytes()
     path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
     agent = await start()
     status = await agent.status()
@@ -303,6 +305,14 @@ async def test_a_damaged_journal_is_set_aside_and_told(start, engine, path, trai
     assert "is damaged" in status["last_errors"][0]["detail"]
     assert (path.parent / "the.journal.damaged").read_bytes()[:-1] == raw[:-1]
     await (await trainer(agent, "s2", "p2").rendezvous()).push(3)
+
+
+async def test_a_journal_of_another_format_is_set_aside_and_told(start, path):
+    path.write_bytes(b"weightsync-journal-1 00000000\n{}")
+    status = await (await start()).status()
+    told = status["last_errors"][0]["detail"]
+    assert "it begins with b'weightsync-journal-1 00000000', not with" in told
+    assert (path.parent / "the.journal.damaged").exists()
 
 
 async def test_a_folder_that_cannot_be_made_refuses_pushes(make_agent, engine, tmp_path, trainer):

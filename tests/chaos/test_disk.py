@@ -29,9 +29,11 @@ class Disk:
         self.folder = folder
 
     def fill(self) -> None:
-        with contextlib.suppress(OSError), (self.folder / "filler").open("wb", 0) as filler:
-            while True:
-                filler.write(bytes(512))
+        # the journal's last block, too: a line of some hundred bytes would fit in there
+        for name in ("filler", "journal"):
+            with contextlib.suppress(OSError), (self.folder / name).open("ab", 0) as file:
+                while True:
+                    file.write(bytes(512))
 
     def empty(self) -> None:
         (self.folder / "filler").unlink(missing_ok=True)

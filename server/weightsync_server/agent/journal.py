@@ -1,11 +1,11 @@
 """What an agent remembers on disk, so that its restart is no news to anybody.
 
-A small file, written whole: to a neighbour first, then put in its place, so that a crash at any
-moment leaves the old record or the new one.  It tells what was under way; what the engine holds
-the workers know better, and are asked.
+A crash at any moment leaves the old record or the new one.  It tells what was under way; what the
+engine holds the workers know better, and are asked.
 
-While a push holds the engine nothing is synced, for that would take milliseconds of its pause: what
-is written survives the process, and a host that dies takes the engine along.  Between pushes it is.
+While a push holds the engine only what is new is added, at once and without syncing it, for the
+milliseconds of that would be its pause's: what is written survives the process, and a host that
+dies takes the engine along.  Between pushes the record is written whole, and synced.
 """
 
 from __future__ import annotations
@@ -13,22 +13,21 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import hashlib
-import logging
+import json
 import os
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from weightsync.errors import InputError, JournalError
 from weightsync.process import Writer
 from weightsync.state import AgentState
+from weightsync_server.agent.record_log import RecordLog
 
-log = logging.getLogger(__name__)
+T = TypeVar("T")
 
-_MAGIC = "weightsync-journal-1"
 #: pushes whose answers are kept
 _KEPT_PUSHES = 4
 
@@ -75,10 +74,43 @@ class Record(BaseModel):
 
     def with_answer(self, push_id: str, call: str, answer: Remembered) -> Record:
         """The same, with one answer more; those of old pushes are forgotten."""
-        others = {p: calls for p, calls in self.answers.items() if p != push_id}
-        kept = dict(list(others.items())[1 - _KEPT_PUSHES :])
-        kept[push_id] = self.answers.get(push_id, {}) | {call: answer}
-        return self.model_copy(update={"answers": kept})
+        calls = self.answers.get(push_id, {}) | {call: answer}
+        return self.model_copy(update={"answers": _newest(self.answers, push_id, calls)})
+
+    def since(self, before: Record) -> bytes:
+        """What is new in it, as JSON: fields whole, of the answers those of pushes that got one.
+
+        Answers are only ever added, by :meth:`with_answer`: which it forgets is not told.
+        """
+        new: dict[str, Any] = {
+            name: True
+            for name in Record.model_fields
+            if getattr(self, name) != getattr(before, name)
+        }
+        if "answers" in new:
+            new["answers"] = {p for p, c in self.answers.items() if before.answers.get(p) != c}
+        return self.model_dump_json(include=new).encode()
+
+    @staticmethod
+    def of(parts: Iterable[bytes]) -> Record:
+        """Put together what :meth:`since` told, the oldest first.
+
+        Raises:
+            ValueError: It makes no record.
+        """
+        fields: dict[str, Any] = {}
+        answers: dict[str, Any] = {}
+        for part in parts:
+            new = json.loads(part)
+            for push_id, calls in new.pop("answers", {}).items():
+                answers = _newest(answers, push_id, calls)
+            fields |= new
+        return Record.model_validate(fields | {"answers": answers})
+
+
+def _newest(answers: dict[str, T], push_id: str, calls: T) -> dict[str, T]:
+    others = {p: c for p, c in answers.items() if p != push_id}
+    return dict(list(others.items())[1 - _KEPT_PUSHES :]) | {push_id: calls}
 
 
 def default_path(engine_urls: Sequence[str], environ: Mapping[str, str] = os.environ) -> Path:
@@ -90,7 +122,7 @@ def default_path(engine_urls: Sequence[str], environ: Mapping[str, str] = os.env
 
 
 class Journal:
-    """One agent's journal.  Used on the event loop only; files are written off it.
+    """One agent's journal.  Used on the event loop only; whole it is written off it.
 
     Args:
         path: The file; its folder is made.
@@ -103,10 +135,11 @@ class Journal:
         #: why it cannot be relied on; empty: it can
         self.trouble = ""
         self._failed = failed
-        self._written = self.record
+        self._log = RecordLog(path)
+        # what the file tells, and what it told when it was last written whole
+        self._told = self._whole = self.record
         self._lock_fd = -1
-        self._turn = asyncio.Lock()
-        self._soon: asyncio.Task[None] | None = None
+        self._writing: asyncio.Task[JournalError | None] | None = None
 
     def open(self) -> None:
         """Take the journal and read it; the second time nothing.
@@ -121,7 +154,7 @@ class Journal:
             return
         try:
             self._take()
-            self.record = self._written = self._read()
+            self.record = self._told = self._whole = self._read()
         except BlockingIOError as error:
             raise InputError(
                 f"another agent has the journal {self.path}",
@@ -132,6 +165,7 @@ class Journal:
 
     def close(self) -> None:
         """Leave the journal to the next agent."""
+        self._log.close()
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
@@ -142,41 +176,69 @@ class Journal:
         Raises:
             JournalError: It is not.
         """
-        self.record = record
-        async with self._turn:
-            if self._written == self.record and not self.trouble:
-                return
-            writing = self.record
-            try:
-                await asyncio.to_thread(self._write, writing)
-            except OSError as error:
-                raise self._tell(error) from error
-            self._written, self.trouble = writing, ""
+        before, self.record = self.record, record
+        while not self._saved():
+            # who gives up waiting does not stop it: two threads would write
+            if error := await asyncio.shield(self._write()):
+                if self.record is record:
+                    self.record = before
+                raise error
 
     def save_soon(self, record: Record) -> None:
-        """Write ``record`` meanwhile: for what the workers would tell a new agent, too."""
+        """Write ``record``, if need be meanwhile: for what workers would tell a new agent, too."""
         if record == self.record:
             return
         self.record = record
-        if self._soon is None or self._soon.done():
-            self._soon = asyncio.create_task(self._catch_up())
+        if not self._saved():
+            self._write()
 
     def retry(self) -> None:
         """Try again what failed: somebody may have mended the disk."""
-        if self.trouble and (self._soon is None or self._soon.done()):
-            self._soon = asyncio.create_task(self._catch_up())
+        if self.trouble:
+            self._write()
 
     async def flush(self) -> None:
         """Return when nothing is left to be written, or it could not be."""
-        if self._soon is not None:
-            await asyncio.gather(self._soon, return_exceptions=True)
+        if self._writing is not None:
+            await asyncio.wait([self._writing])
 
-    async def _catch_up(self) -> None:
-        try:
-            while self.trouble or self._written != self.record:
-                await self.save(self.record)
-        except JournalError:
-            pass  # told; whoever depends on it saves by himself
+    def _saved(self) -> bool:
+        """Whether the record is as safe as it has to be; it is made so if that takes no time."""
+        return (self._writing is None or self._writing.done()) and self._added()
+
+    def _added(self) -> bool:
+        record, held = self.record, self.record.state.owner is not None
+        if self.trouble:
+            return False
+        if (self._told if held else self._whole) == record:
+            return True
+        # between pushes, too: nothing that was answered is forgotten until it is written whole
+        if self._log.add(record.since(self._told)):
+            self._told = record
+            return held
+        return False
+
+    def _write(self) -> asyncio.Task[JournalError | None]:
+        if self._writing is None or self._writing.done():
+            self._writing = asyncio.create_task(self._write_whole())
+        return self._writing
+
+    async def _write_whole(self) -> JournalError | None:
+        """Write the record until it is still the same afterwards.
+
+        Returns:
+            Why it could not be written.
+        """
+        while True:
+            record = self.record
+            try:
+                await asyncio.to_thread(self._begin, record)
+            except OSError as error:
+                return self._tell(error)
+            self._told = self._whole = record
+            self.trouble = ""
+            if self._added():
+                return None
 
     def _tell(self, error: OSError) -> JournalError:
         told = JournalError(
@@ -190,7 +252,7 @@ class Journal:
 
     def _take(self) -> None:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # a file of its own: the journal is another file after each write
+        # a file of its own: the journal is another file each time that it is written whole
         lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -201,15 +263,8 @@ class Journal:
 
     def _read(self) -> Record:
         try:
-            raw = self.path.read_bytes()
-        except FileNotFoundError:
-            return Record()
-        head, _, body = raw.partition(b"\n")
-        try:
-            if head.decode() != _head(body):
-                raise ValueError("its checksum is wrong")
-            return Record.model_validate_json(body)
-        except (ValueError, ValidationError) as error:
+            return Record.of(self._log.read())
+        except ValueError as error:
             aside = self.path.with_name(self.path.name + ".damaged")
             self.path.replace(aside)
             reason = str(error).splitlines()[0]
@@ -222,26 +277,7 @@ class Journal:
             )
             return Record()
 
-    def _write(self, record: Record) -> None:
+    def _begin(self, record: Record) -> None:
         if self._lock_fd < 0:
             self._take()  # what was wrong at the start may be mended
-        sync = record.state.owner is None
-        body = record.model_dump_json(exclude_defaults=True).encode()
-        draft = self.path.with_name(self.path.name + ".new")
-        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(_head(body).encode() + b"\n" + body)
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        draft.replace(self.path)
-        if sync:
-            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-
-
-def _head(body: bytes) -> str:
-    return f"{_MAGIC} {zlib.crc32(body):08x}"
+        self._log.begin(record.since(Record()), sync=record.state.owner is None)
