@@ -159,8 +159,7 @@ def test_copies_of_a_writer_that_is_stopped_land_and_their_message_does_not_come
             assert process.stdout.readline().strip() == cuda_ipc.__name__
             process.send_signal(signal.SIGSTOP)
             time.sleep(1)
-            assert bool((dst[:-64] == 9).all())
-            assert not bool(dst[-64:].any())
+            assert bool((dst == 9).all())
             assert not target.notifications()
         finally:
             process.kill()

@@ -75,7 +75,6 @@ class HostCuda:
                 patches.enter_context(patch.object(target, name, instead))
             for name in ("export", "map_here", "check_version", "call"):
                 patches.enter_context(patch(f"{driver}.{name}", getattr(self, name)))
-            patches.enter_context(patch.object(cuda_ipc, "_LEAST_NBYTES", 0))
             yield
 
     def export(self, memory: Sequence[LocalMemory]) -> tuple[Allocation, ...]:

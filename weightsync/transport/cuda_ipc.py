@@ -5,10 +5,12 @@ the allocations and gives the GPU's copy engines all copies in one call.  Betwee
 took 11.5 ms for 1600 pieces of 4.3 GB, where one copy after another took 14.9 and UCX 15.3 ms; a
 kernel that stores to the other GPU came to three quarters of the link.
 
-The *last bytes* of every such write go with the carrier, posted once all copies have completed on
-the device, and they carry the notification.  So a peer sees it only after all bytes (WS-2), and a
-peer that is gone, stopped or has deregistered is noticed as the carrier notices it; its memory is
-not shut by deregistering, though: an abort waits for writers of the host to let go (WS-8).
+A small write to a *pad* of host memory follows every such write with the carrier, posted once all
+copies have completed on the device, and it carries the notification.  So a peer sees that only
+after all bytes (WS-2), and a peer that is gone, stopped or has deregistered is noticed as the
+carrier notices it; its memory is not shut by deregistering, though: an abort waits for writers of
+the host to let go (WS-8).  The carrier never writes to the GPU memory itself: UCX would map it,
+too, and keep a dead engine's memory from the next one until this process ends.
 
 Whatever cannot be mapped goes with the carrier alone: another host, host memory, expandable
 segments.  So does what is written from another namespace of pids: nobody could tell when that
@@ -50,10 +52,8 @@ logger = logging.getLogger(__name__)
 SWITCH = "WEIGHTSYNC_CUDA_IPC"
 
 _MAGIC = b"weightsync-cuda-ipc-1:"
-#: of a write's last bytes, which the carrier writes
-_TAIL_NBYTES = 64
-#: a smaller write is not worth two
-_LEAST_NBYTES = 1 << 20
+#: of the write that tells of another one's end
+_PAD_NBYTES = 64
 #: a number of a process may be another's, too, in another container
 _PROCESS = uuid.uuid4().hex
 _POLL_MIN_S = 20e-6
@@ -68,13 +68,19 @@ class _Offer:
     near: str
     process: str
     allocations: tuple[Allocation, ...]
+    pad: int
 
 
 class _Registration(Registration):
     def __init__(
-        self, owner: CudaIpcTransport, memory: list[LocalMemory], of: Registration
+        self,
+        owner: CudaIpcTransport,
+        memory: list[LocalMemory],
+        pad: torch.Tensor,
+        of: Registration,
     ) -> None:
         self.memory = memory
+        self.pad = pad
         self._owner = owner
         self._of = of
 
@@ -89,15 +95,15 @@ class _Write(PreparedWrite):
         owner: CudaIpcTransport,
         stream: torch.cuda.Stream,
         copies: Batch,
-        tail: PreparedWrite,
+        end: PreparedWrite,
     ) -> None:
         self.owner = owner
-        self.peer = tail.peer
-        self.nbytes = copies.nbytes + tail.nbytes
+        self.peer = end.peer
+        self.nbytes = copies.nbytes
         self.descriptors = len(copies.sizes)
         self.stream = stream
         self.copies = copies
-        self.tail = tail
+        self.end = end
         self.copied = torch.cuda.Event()
         #: of the post that runs; empty: none does
         self.message = b""
@@ -141,7 +147,7 @@ class CudaIpcTransport(Transport):
         self._off = environ.get(SWITCH) == "0"
         self._exports = exports and not self._off
         self._lock = threading.RLock()
-        self._exported: set[_Registration] = set()
+        self._registered: list[_Registration] = []
         self._offers: dict[str, _Offer] = {}
         self._maps: dict[str, dict[tuple[int, int], int]] = {}
         self._writes: set[_Write] = set()
@@ -150,26 +156,32 @@ class CudaIpcTransport(Transport):
 
     def register(self, memory: Sequence[LocalMemory]) -> Registration:
         """See :meth:`Transport.register`."""
-        of = self._carrier.register(memory)
-        registration = _Registration(self, [one for one in memory if one.kind == "VRAM"], of)
+        on_gpus = [one for one in memory if one.kind == "VRAM"]
+        if not on_gpus:
+            return self._carrier.register(memory)
+        pad = torch.zeros(_PAD_NBYTES, dtype=torch.uint8)
+        of = self._carrier.register([*memory, LocalMemory(pad.data_ptr(), _PAD_NBYTES)])
+        registration = _Registration(self, on_gpus, pad, of)
         with self._lock:
-            self._exported.add(registration)
+            self._registered.append(registration)
         return registration
 
     def forget(self, registration: _Registration) -> None:
         """Hand its memory out no more."""
         with self._lock:
-            self._exported.discard(registration)
+            self._registered.remove(registration)
 
     def metadata(self) -> bytes:
         """See :meth:`Transport.metadata`: the carrier's, and handles where there is GPU memory."""
         carrier = self._carrier.metadata()
         near = neighbourhood()
         with self._lock:
-            memory = [one for each in self._exported for one in each.memory]
+            registered = list(self._registered)
+        memory = [one for each in registered for one in each.memory]
         if not self._exports or near is None or not (allocations := cuda_driver.export(memory)):
             return carrier
-        return _MAGIC + codec.pack(_Offer(carrier, near, _PROCESS, allocations)).encode()
+        pad = registered[0].pad.data_ptr()
+        return _MAGIC + codec.pack(_Offer(carrier, near, _PROCESS, allocations, pad)).encode()
 
     def add_peer(self, metadata: bytes) -> str:
         """See :meth:`Transport.add_peer`."""
@@ -208,21 +220,18 @@ class CudaIpcTransport(Transport):
         with self._lock:
             offer = self._offers.get(peer)
             on_gpus = local.kind == remote.kind == "VRAM"
-            if offer is None or not on_gpus or whole.nbytes < _LEAST_NBYTES:
+            if offer is None or not on_gpus or not whole.nbytes:
                 return whole
-            last = ops[-1]
-            cut = last.nbytes - min(last.nbytes, _TAIL_NBYTES)
-            tail = WriteOp(last.local_addr + cut, last.remote_addr + cut, last.nbytes - cut)
-            rest = [*ops[:-1], WriteOp(last.local_addr, last.remote_addr, cut)]
+            pad = self._registered[0].pad.data_ptr()
             try:
                 with torch.cuda.device(local.device_id):
-                    copies = self._mapped(peer, offer, [op for op in rest if op.nbytes])
+                    copies = self._mapped(peer, offer, ops)
                     stream = self._streams.setdefault((peer, local.device_id), torch.cuda.Stream())
             except TransportError as error:
                 logger.warning("%s; the carrier writes to %s instead", error, peer)
                 return whole
             whole.close()
-            end = self._carrier.prepare(peer, [tail], local=local, remote=remote)
+            end = self._carrier.prepare(peer, [WriteOp(pad, offer.pad, _PAD_NBYTES)])
             write = _Write(self, stream, copies, end)
             self._writes.add(write)
             logger.info("CUDA IPC to %s: %d copies", peer, write.descriptors)
@@ -308,8 +317,8 @@ class CudaIpcTransport(Transport):
                     write.copying = False
                     took_s = time.monotonic() - write.posted_s
                     write.best_s = min(write.best_s or took_s, took_s)
-                    self._carrier.post(write.tail, write.message)
-                if self._pending([write.tail]):
+                    self._carrier.post(write.end, write.message)
+                if self._pending([write.end]):
                     return False
             except TransportError as error:
                 write.error = error
@@ -348,14 +357,14 @@ class CudaIpcTransport(Transport):
                         logger.error("copies to %s have not ended in %g s", write.peer, _CLOSE_S)
                         break
                     time.sleep(_POLL_MAX_S)
-            write.tail.close()
+            write.end.close()
 
     def close(self) -> None:
         """See :meth:`Transport.close`."""
         with self._lock:
             for peer in list(self._offers):
                 self.remove_peer(peer)
-            self._exported.clear()
+            self._registered.clear()
         self._carrier.close()
 
     def _mine(self, write: _Write) -> None:
