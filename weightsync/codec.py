@@ -20,9 +20,13 @@ T = TypeVar("T")
 MAX_UNPACKED_NBYTES = 1 << 30
 
 
-def pack(record: Any) -> str:
-    """Encode dataclasses, lists, tuples, dicts, str, bytes and numbers as one string."""
-    return base64.b64encode(zlib.compress(msgspec.msgpack.encode(record), 1)).decode("ascii")
+def pack(record: Any, *, deflate: bool = True) -> str:
+    """Encode dataclasses, lists, tuples, dicts, str, bytes and numbers as one string.
+
+    ``deflate``: make it short; of no use for digests, which are as random as bytes can be.
+    """
+    raw = zlib.compress(msgspec.msgpack.encode(record), 1 if deflate else 0)
+    return base64.b64encode(raw).decode("ascii")
 
 
 def unpack(text: str, kind: type[T], *, max_nbytes: int = MAX_UNPACKED_NBYTES) -> T:

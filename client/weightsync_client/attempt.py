@@ -137,7 +137,7 @@ class Attempt:
             sessions: That were open at each agent, by URL.
             aside: Do not wait for the answers.
         """
-        me = this_process()
+        me = this_process() if sessions else None
         if me is None:
             return
 

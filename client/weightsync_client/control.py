@@ -7,7 +7,6 @@ agent.
 from __future__ import annotations
 
 import concurrent.futures as cf
-import json
 import secrets
 import ssl
 import time
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
+import msgspec
 import pydantic
 
 from weightsync.closing import Closing
@@ -201,7 +201,7 @@ class Agent:
 
     def _decode(self, call: str, status: int, raw: bytes) -> Any:
         try:
-            answer = json.loads(raw)
+            answer = msgspec.json.decode(raw)
         except ValueError:
             raise self._not_an_agent(f"{call} answered HTTP {status}: {_text(raw)}") from None
         if 200 <= status < 300:

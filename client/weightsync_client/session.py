@@ -235,7 +235,8 @@ class Session:
         def of(worker: Worker) -> str:
             if worker.like not in packed:
                 rounds = zip(self._digests, self._order(worker.like), strict=True)
-                packed[worker.like] = pack([digests[k] for digests, order in rounds for k in order])
+                sent = [digests[k] for digests, order in rounds for k in order]
+                packed[worker.like] = pack(sent, deflate=False)
             return packed[worker.like]
 
         return {url: [of(worker) for worker in self.members[url].workers] for url in urls}

@@ -16,7 +16,6 @@ from weightsync_client.conversions import conversion_of, find_conversion
 from weightsync_client.converted import ConvertedSource
 from weightsync_client.held import Held, LocalShard, hold
 from weightsync_client.hf import checkpoint_tensors
-from weightsync_client.modules import module_tensors
 
 #: a whole tensor, a DTensor, or a part of a tensor
 Tensor: TypeAlias = "torch.Tensor | LocalShard"
@@ -197,20 +196,18 @@ def _named(
     )
 
 
-def named_tensors(
-    module: nn.Module, *, keep: bool = False
-) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """The module itself, and its state dict without what wrappers put in front of the names.
+def named_tensors(module: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """The module itself, and its state dict without what wrappers put in front of the names."""
+    module = unwrapped(module)
+    return module, {n.replace("_orig_mod.", ""): t for n, t in module.state_dict().items()}
 
-    ``keep``: the parameters themselves, and not detached ones.
-    """
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What ``DistributedDataParallel`` and ``torch.compile`` were given."""
     if isinstance(module, nn.parallel.DistributedDataParallel):
         module = module.module
-    module = getattr(module, "_orig_mod", module)
-    state = module_tensors(module) if keep else None
-    if state is None:
-        state = module.state_dict(keep_vars=keep)
-    return module, {n.replace("_orig_mod.", ""): t for n, t in state.items()}
+    found: nn.Module = getattr(module, "_orig_mod", module)
+    return found
 
 
 def _pairs(named: Iterable[object]) -> Iterator[tuple[str, object]]:

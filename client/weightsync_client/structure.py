@@ -20,9 +20,11 @@ from weightsync.manifest import TensorSpec
 from weightsync_client.converted import ConvertedSource
 from weightsync_client.declaration import Declaration
 from weightsync_client.held import LocalShard, is_dtensor
-from weightsync_client.source import StateDictSource, Weights, WeightSource, named_tensors
+from weightsync_client.modules import take_apart
+from weightsync_client.source import StateDictSource, Weights, WeightSource, unwrapped
 
 _PLAIN = {torch.Tensor, nn.Parameter, nn.Buffer}
+_PLAIN_OR_NONE = {*_PLAIN, type(None)}
 
 
 class _View(NamedTuple):
@@ -121,6 +123,8 @@ class Structures:
         found = _look(model)
         if found is None or not isinstance(source, StateDictSource | ConvertedSource):
             return
+        if any(base.is_neg() for base in found.bases):
+            return  # the memory has not the values
         by_storage = {_storage(base): k for k, base in enumerate(found.bases)}
         holdings = source.holdings()
         views: dict[str, tuple[_View, ...]] = {}
@@ -152,24 +156,33 @@ class _Found(NamedTuple):
 
 def _look(model: Weights) -> _Found | None:
     """A model's own tensors; None: they cannot be looked at twice, or are of unknown kinds."""
-    if not isinstance(model, nn.Module | dict):
-        return None
     form: list[object] = []
-    bases: list[torch.Tensor] = []
-    with torch.no_grad():
-        named: Mapping[str, Any] = (
-            named_tensors(model, keep=True)[1] if isinstance(model, nn.Module) else model
-        )
-        for name, tensor in named.items():
-            base, part = _part(tensor)
-            if type(base) not in _PLAIN or base.is_neg():
-                return None
-            form += (
-                name, part, base.dtype, base.shape, base.stride(), base.storage_offset(),
-                base.device,
-            )  # fmt: skip
-            bases.append(base)
-    at = tuple(base.data_ptr() for base in bases)
+    tensors: list[Any] = []
+    if isinstance(model, nn.Module):
+        module = unwrapped(model)
+        if not take_apart(module, form, tensors):
+            state = module.state_dict(keep_vars=True)
+            form, tensors = [*state], [*state.values()]
+    elif isinstance(model, dict):
+        form, tensors = [*model], [*model.values()]
+    else:
+        return None
+    kinds = [*map(type, tensors)]
+    form += kinds
+    bases = [tensor for tensor in tensors if tensor is not None]
+    if not _PLAIN_OR_NONE.issuperset(kinds):
+        with torch.no_grad():
+            parts = [_part(tensor) for tensor in bases]
+        bases = [base for base, _ in parts]
+        form += [part for _, part in parts]
+        if not all(type(base) in _PLAIN for base in bases):
+            return None
+    for base in bases:
+        form += (
+            base.dtype, base.shape, base.stride(), base.storage_offset(), base.device,
+            base.is_neg(),
+        )  # fmt: skip
+    at = tuple([base.data_ptr() for base in bases])
     return _Found(not isinstance(model, nn.Module), bases, form, at)
 
 

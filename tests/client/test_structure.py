@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 
 from weightsync_client import ConversionSpec, LocalShard, Publisher, Rule, Unstack
-from weightsync_client.modules import module_tensors
+from weightsync_client.modules import take_apart
 from weightsync_client.pushed import Pushed
 from weightsync_client.structure import PreparedSource, Structure, Structures
 
@@ -144,14 +144,44 @@ def test_another_model_of_the_same_form_and_what_is_no_model_are_looked_at() -> 
         assert not prepared(known, {"a": torch.ones(2), "empty": torch.ones(0)})
 
 
-def test_a_modules_tensors_are_those_of_its_state_dict_in_its_order() -> None:
+def tree(model: nn.Module) -> tuple[list[object], list[torch.Tensor]] | None:
+    form: list[object] = []
+    tensors: list[torch.Tensor | None] = []
+    plain = take_apart(model, form, tensors)
+    return (form, [t for t in tensors if t is not None]) if plain else None
+
+
+def test_a_module_taken_apart_has_the_tensors_of_its_state_dict() -> None:
     model = nn.Sequential(tied(), nn.BatchNorm1d(4), nn.Linear(2, 2, bias=False))
     model[1].register_buffer("passing", torch.ones(3), persistent=False)
     model[2].register_module("none", None)
-    found, wanted = module_tensors(model), model.state_dict(keep_vars=True)
+    found, wanted = tree(model), model.state_dict(keep_vars=True)
     assert found is not None
-    assert list(found) == list(wanted)
-    assert all(found[name] is wanted[name] for name in wanted)
+    assert sorted(map(id, found[1])) == sorted(map(id, wanted.values()))
+    assert tree(model) == found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m[1], "bias", None),
+        lambda m: setattr(m, "0", m[1]),
+        lambda m: m.__setattr__("2", nn.Identity()),
+        lambda m: m[1].register_module("none", None),
+        lambda m: m[0].register_buffer("kept", torch.ones(1)),
+        lambda m: m[0]._non_persistent_buffers_set.clear(),
+        lambda m: m[1].register_parameter("kept", None),
+    ],
+    ids=["no bias", "another class", "child", "no child", "buffer", "persistent", "no parameter"],
+)
+def test_another_tree_has_another_form(change: Callable[[nn.Module], object]) -> None:
+    model = nn.Sequential(nn.Identity(), nn.Linear(2, 2))
+    model[0].register_buffer("passing", torch.ones(1), persistent=False)
+    before = Structures()
+    assert not prepared(before, model)
+    assert prepared(before, model)
+    change(model)
+    assert not prepared(before, model)
 
 
 class Own(nn.Linear):
@@ -162,14 +192,14 @@ class Own(nn.Linear):
 @pytest.mark.parametrize("way", ["hook", "pre_hook", "class", "instance"])
 def test_a_module_that_saves_in_its_own_way_is_asked(way: str) -> None:
     model = nn.Sequential(nn.Linear(2, 2), Own(2, 2) if way == "class" else nn.Linear(2, 2))
-    assert (module_tensors(model) is None) == (way == "class")
+    assert (tree(model) is None) == (way == "class")
     if way == "hook":
         model[1].register_state_dict_post_hook(lambda *_: None)
     if way == "pre_hook":
         model[1].register_state_dict_pre_hook(lambda *_: None)
     if way == "instance":
         model[1].state_dict = lambda **_: {}
-    assert module_tensors(model) is None
+    assert tree(model) is None
 
 
 def reachable(start: object) -> list[object]:
