@@ -149,14 +149,24 @@ async def test_while_a_push_holds_the_engine_nothing_is_waited_for_nor_written_w
         assert read() == journal.record
         answer = Remembered(asked="x")
         journal.save_soon(journal.record.with_answer("p1", str(version), answer))
+        async with asyncio.timeout(5):
+            while read() != journal.record:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
         assert set(read().answers["p1"]) == {str(v + 1) for v in range(version)}
     assert whole_writes == [True]
     assert path.stat().st_ino == inode
-    journal.save_soon(journal.record.model_copy(update={"state": free(3).state}))
-    assert read() == journal.record, "at once in the file"
+
+
+async def test_what_ends_a_push_is_written_whole_and_synced_in_one_go(journal, read, whole_writes):
+    await journal.save(free(1))
+    at_once(journal.save(held(2)))
+    whole_writes.clear()
+    journal.save_soon(free(2))
+    journal.save_soon(journal.record.with_answer("p1", "resume", Remembered(asked="x")))
     await journal.flush()
-    assert whole_writes == [True, True], "and then whole on the disk"
-    assert len(RecordLog(path).read()) == 1
+    assert read() == journal.record
+    assert whole_writes == [True]
+    assert len(RecordLog(journal.path).read()) == 1
 
 
 async def test_a_push_writes_no_file_whole_from_its_pause_to_its_resume(

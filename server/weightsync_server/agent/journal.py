@@ -30,6 +30,8 @@ T = TypeVar("T")
 
 #: pushes whose answers are kept
 _KEPT_PUSHES = 4
+#: seconds in which what need not be written at once gathers, so that no step of a push waits for it
+_SOON_S = 0.002
 
 
 class Remembered(BaseModel):
@@ -140,6 +142,7 @@ class Journal:
         self._told = self._whole = self.record
         self._lock_fd = -1
         self._writing: asyncio.Task[JournalError | None] | None = None
+        self._soon: asyncio.TimerHandle | None = None
 
     def open(self) -> None:
         """Take the journal and read it; the second time nothing.
@@ -164,7 +167,9 @@ class Journal:
             self._tell(error)
 
     def close(self) -> None:
-        """Leave the journal to the next agent."""
+        """Leave the journal to the next agent; what has to be in it was flushed."""
+        if self._soon is not None:
+            self._soon.cancel()
         self._log.close()
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
@@ -185,12 +190,10 @@ class Journal:
                 raise error
 
     def save_soon(self, record: Record) -> None:
-        """Write ``record``, if need be meanwhile: for what workers would tell a new agent, too."""
-        if record == self.record:
-            return
+        """Write ``record`` in a moment: for what the workers would tell a new agent, too."""
         self.record = record
-        if not self._saved():
-            self._write()
+        if self._soon is None:
+            self._soon = asyncio.get_running_loop().call_later(_SOON_S, self._catch_up)
 
     def retry(self) -> None:
         """Try again what failed: somebody may have mended the disk."""
@@ -199,8 +202,16 @@ class Journal:
 
     async def flush(self) -> None:
         """Return when nothing is left to be written, or it could not be."""
+        self._catch_up()
         if self._writing is not None:
             await asyncio.wait([self._writing])
+
+    def _catch_up(self) -> None:
+        if self._soon is not None:
+            self._soon.cancel()
+            self._soon = None
+        if not self._saved():
+            self._write()
 
     def _saved(self) -> bool:
         """Whether the record is as safe as it has to be; it is made so if that takes no time."""
@@ -210,13 +221,14 @@ class Journal:
         record, held = self.record, self.record.state.owner is not None
         if self.trouble:
             return False
-        if (self._told if held else self._whole) == record:
+        if not held and self._whole == record:
             return True
         # between pushes, too: nothing that was answered is forgotten until it is written whole
-        if self._log.add(record.since(self._told)):
-            self._told = record
-            return held
-        return False
+        new = record.since(self._told)
+        if new != b"{}" and not self._log.add(new):
+            return False
+        self._told = record
+        return held
 
     def _write(self) -> asyncio.Task[JournalError | None]:
         if self._writing is None or self._writing.done():
