@@ -186,8 +186,10 @@ class PrepareRequest(Message):
 class CommitRequest(Message):
     """``POST /commit_update``: all writes have completed at the trainer.
 
-    ``ranks`` may be empty where all that was written was prepared.  ``resume``: resume the engine
-    then, as ``POST /resume`` of this push would; if that fails the answer's state is ``paused``.
+    ``ranks`` may be empty where all that was written was prepared.  ``pause``: pause the engine
+    first, as ``POST /pause`` of this push would, unless that was done; an error says in its
+    context's ``step`` whose it is.  ``resume``: resume the engine then, as ``POST /resume`` of this
+    push would; if that fails the answer's state is ``paused``.
     """
 
     session: Id
@@ -196,6 +198,8 @@ class CommitRequest(Message):
     version: Version
     ranks: list[RankDigests]
     timeout_s: Seconds = 300.0
+    pause: PauseMode | None = None
+    pause_timeout_s: Seconds = 60.0
     resume: bool = False
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from enum import IntEnum
 from typing import TypeVar
 
-from weightsync.errors import DeadlineError, StaleEpochError, StateError, WeightSyncError
+from weightsync.errors import StateError, WeightSyncError
 from weightsync.protocol import (
     AbortRequest,
     BeginRequest,
@@ -23,6 +23,7 @@ from weightsync.protocol import (
     StepResponse,
 )
 from weightsync_client.control import Agent
+from weightsync_client.fresh import check_held
 from weightsync_client.heartbeat import Heartbeat
 from weightsync_client.policy import Roster
 from weightsync_client.report import AgentOutcome
@@ -35,7 +36,6 @@ S = TypeVar("S", PrepareRequest, CommitRequest)
 
 #: a push that its agents heard of so lately is not given up by them
 _FRESH_S = 1.0
-_TRIES = 3
 #: how often, while it writes, a push tells its agents that it lives; far below their
 #: push_idle_timeout_s, and the wait for an answer that nobody needs
 _BEAT_S = 5.0
@@ -69,7 +69,7 @@ class Transaction:
         reset_caches: Whether engines drop what they computed with other weights.
         recorder: Told of every call.
         joined: One agent alone is asked to pause and begin in one call, and to commit and resume.
-            Several are not: all must have paused before one begins, and committed before one
+            Several are not: all must have paused before one goes on, and committed before one
             resumes.
     """
 
@@ -160,8 +160,7 @@ class Transaction:
         def call(agent: Agent) -> float:
             before = self.stages[agent.url]
             self.stages[agent.url] = Stage.BEGINNING
-            both = {"pause": self._pause_mode, "pause_timeout_s": self._deadlines.pause_s}
-            request = self._begin(agent).model_copy(update=both)
+            request = self._begin(agent).model_copy(update=self._pausing)
             timeout_s = self._deadlines.pause_s + self._deadlines.begin_s
             try:
                 answer = self._post(agent, "/begin_update", request, timeout_s)
@@ -215,31 +214,51 @@ class Transaction:
             timeout_s=timeout_s,
         )
 
-    def commit(self, *, timeout_s: float) -> float:
+    def commit(self, *, timeout_s: float, pause: bool = False) -> tuple[float, float]:
         """Make the version real everywhere.  Every write has completed.
 
+        Args:
+            timeout_s: For it alone.
+            pause: The one agent, if ``joined``, is asked to pause in the same call, too.
+
         Returns:
-            Seconds that it took the one agent to resume, too; 0: :meth:`resume` is still to come.
+            Seconds since the one agent had paused in this call, and since it had committed; the
+            second is 0 where :meth:`resume` is still to come.
 
         Raises:
             VerifyError: The bytes at a worker are not those that were sent.
         """
 
-        def call(agent: Agent) -> float:
+        def call(agent: Agent) -> tuple[float, float]:
             request = self._sent(CommitRequest, agent, timeout_s)
-            answer_s = timeout_s
+            answer_s, before = timeout_s, self.stages[agent.url]
             if self.joined:
                 request = request.model_copy(update={"resume": True})
                 answer_s += self._deadlines.resume_s
+            if pause:
+                request = request.model_copy(update=self._pausing)
+                answer_s += self._deadlines.pause_s
             self.stages[agent.url] = Stage.COMMITTING
-            answer = self._post(agent, "/commit_update", request, answer_s)
+            try:
+                answer = self._post(agent, "/commit_update", request, answer_s)
+            except WeightSyncError as error:
+                if error.context.get("step") == "pause":  # no live byte was touched
+                    self.stages[agent.url] = before
+                raise
             resumed = self.joined and answer.state == "ready"
             self.stages[agent.url] = Stage.RESUMED if resumed else Stage.COMMITTED
-            self._seconds[agent.url] = dict(answer.seconds)
-            return self._seconds[agent.url].pop("resume", 0.0) if resumed else 0.0
+            told = self._seconds[agent.url] = dict(answer.seconds)
+            told.pop("pause", 0.0)
+            resume_s = told.pop("resume", 0.0) if resumed else 0.0
+            return told.get("commit", 0.0) + resume_s, resume_s
 
         self._heartbeat.stop()
         return max(self._roster.each("commit", call).values())
+
+    @property
+    def _pausing(self) -> dict[str, object]:
+        """What asks for a pause in another call."""
+        return {"pause": self._pause_mode, "pause_timeout_s": self._deadlines.pause_s}
 
     def resume(self) -> None:
         """Generate again everywhere, with the new weights."""
@@ -339,54 +358,3 @@ def describe(error: BaseException) -> str:
     """The error in a line, for an agent's log."""
     text = error.message if isinstance(error, WeightSyncError) else str(error)
     return f"{type(error).__name__}: {text}"
-
-
-def check_held(
-    roster: Roster, push_id: str, deadlines: Deadlines, *, heard_at: float, fresh_s: float
-) -> dict[str, WeightSyncError]:
-    """Right before the writes: if the begin was a while ago, ask the agents if it still holds.
-
-    A trainer that stood still was given up meanwhile, and the engine may serve the version of
-    another push by now.  A network card would refuse the late writes; on one host, where a
-    peer's memory can be written without its help, nothing else does (WS-8).
-
-    Args:
-        roster: The agents that the push began at.
-        push_id: Of the push.
-        deadlines: Of the looks.
-        heard_at: When, by the monotonic clock, the push surely was not given up.
-        fresh_s: It is not given up so soon after that.
-
-    Returns:
-        Which agents do not hold it, and why, if the policy bears that.
-
-    Raises:
-        StaleEpochError: An agent has given this push up; nothing was written from here.
-        DeadlineError: Agents or this process are too slow to be sure; nothing was written.
-    """
-
-    def call(agent: Agent) -> None:
-        status = agent.get("/status", timeout_s=deadlines.status_s)
-        begun = status.get("state") in ("shadowing", "receiving")
-        if not begun or status.get("pause_owner") != push_id:
-            raise StaleEpochError(
-                f"agent {agent.url} has given push {push_id} up: it was not heard of for "
-                f"too long, and the engine is {status.get('state')} now",
-                hint="push again; raise the agent's --push-idle-timeout-s if this trainer may "
-                "stand still for so long",
-                agent=agent.url,
-            )
-
-    failed: dict[str, WeightSyncError] = {}
-    for _ in range(_TRIES):
-        asked = time.monotonic()
-        if asked - heard_at < fresh_s:
-            return failed
-        answers = roster.fleet.attempt(call, [a for a in roster.present if a.url not in failed])
-        failed |= {u: a for u, a in answers.items() if isinstance(a, WeightSyncError)}
-        roster.bear(failed)
-        heard_at = asked
-    raise DeadlineError(
-        f"{_TRIES} looks at the agents, one after another, took over {fresh_s:g} s each",
-        hint="is this machine, or an agent's, out of memory or CPU?",
-    )

@@ -10,13 +10,14 @@ from typing import Any
 from weightsync.errors import NoSessionError, WeightSyncError
 from weightsync.protocol import RankDigests
 from weightsync_client.attempt import Attempt
+from weightsync_client.fresh import check_held
 from weightsync_client.policy import failures
 from weightsync_client.report import PushReport
 from weightsync_client.session import Session
 from weightsync_client.shadow import ShadowTransaction, lands_aside
 from weightsync_client.source import WeightSource
 from weightsync_client.trace import Span
-from weightsync_client.transaction import Transaction, check_held
+from weightsync_client.transaction import Transaction
 
 #: a push is not given up by its agents, nor by rank 0, so soon after the slots were filled
 _FOLLOWER_FRESH_S = 20.0
@@ -219,15 +220,25 @@ class Transfer:
             raise NoSessionError("no push was begun", hint="push again")
         self._marks = [part.marks for part in parts]
         attempt.roster.drop("write", failures([part.failed for part in parts]))
-        nbytes = session.job.nbytes
+        nbytes, pauses = session.job.nbytes, False
         if isinstance(transaction, ShadowTransaction) and not self._splits:
             attempt.enter("prepare")
             transaction.prepare(timeout_s=commit_s)
             attempt.enter("pause")
-            transaction.pause()
-        attempt.enter("commit")
-        resumed_s = transaction.commit(timeout_s=commit_s)
-        attempt.enter("resume", ago_s=resumed_s)
+            pauses = transaction.joined
+            if not pauses:
+                transaction.pause()
+        if not pauses:
+            attempt.enter("commit")
+        try:
+            since_paused_s, since_committed_s = transaction.commit(timeout_s=commit_s, pause=pauses)
+        except WeightSyncError as error:
+            if pauses and error.context.get("step") != "pause":
+                attempt.enter("commit")
+            raise
+        if pauses:
+            attempt.enter("commit", ago_s=since_paused_s)
+        attempt.enter("resume", ago_s=since_committed_s)
         transaction.resume()
         attempt.enter("")
         paused_s = time.perf_counter() - attempt.paused_at

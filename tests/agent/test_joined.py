@@ -117,3 +117,50 @@ async def test_a_push_that_others_hold_off_resumes_and_pauses_nothing(agent, eng
     ask, more = joined[call]
     assert (await ask(2, expect=409, **more))["code"] == "push_in_progress"
     assert (await t.commit(1, **RESUME))["state"] == "ready"
+
+
+@pytest.fixture
+async def shadowed(agent, trainer):
+    """A push in shadow mode that is written and checked."""
+    t = trainer(agent, session="s-shadow")
+    await t.init(mode="shadow")
+    await t.connect()
+    await t.begin(1, mode="shadow")
+    ranks = t.ranks("digests", [b"d" * 16, b"e" * 16])
+    await agent.post("/prepare_commit", **t.step, version=1, ranks=ranks)
+    return t
+
+
+async def test_a_shadow_is_paused_for_committed_and_resumed_in_one_call(agent, engine, shadowed):
+    done = await shadowed.commit(1, ranks=[], **PAUSE, **RESUME)
+    assert (done["state"], done["version"]) == ("ready", 1)
+    assert {"pause", "commit", "resume", "install"} <= done["seconds"].keys()
+    assert engine.client.ops[-4:] == ["pause", "reset_prefix_cache", "commit", "resume"]
+    again = await shadowed.commit(1, ranks=[], **PAUSE, **RESUME)
+    assert again["state"] == "ready"
+    assert engine.client.ops.count("pause") == 1
+
+
+async def test_what_is_refused_of_a_shadows_commit_pauses_nothing(agent, engine, shadowed):
+    refused = await shadowed.commit(2, expect=409, ranks=[], **PAUSE, **RESUME)
+    assert refused["context"]["step"] == "commit"
+    assert "pause" not in engine.client.ops
+    assert (await agent.status())["state"] == "shadowing"
+
+
+async def test_a_pause_that_fails_leaves_a_shadows_engine_as_it_was(agent, engine, shadowed):
+    engine.client.fail["pause"] = RuntimeError("no")
+    failed = await shadowed.commit(1, expect=502, ranks=[], **PAUSE, **RESUME)
+    assert failed["context"]["step"] == "pause"
+    assert "commit" not in engine.client.ops
+    status = await agent.status()
+    assert (status["state"], status["version"]) == ("ready", 0)
+
+
+async def test_a_commit_after_a_pause_of_its_own_call_does_not_pause_again(
+    agent, engine, shadowed
+):
+    await shadowed.pause()
+    done = await shadowed.commit(1, ranks=[], **PAUSE, **RESUME)
+    assert done["state"] == "ready"
+    assert engine.client.ops.count("pause") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 from collections.abc import Sequence
 
 from weightsync.codec import unpack
@@ -13,6 +14,7 @@ from weightsync.protocol import (
     CommitRequest,
     ConnectRequest,
     InitTransferRequest,
+    Message,
     PrepareRequest,
     RankDigests,
 )
@@ -23,6 +25,9 @@ from weightsync.worker_messages import (
     RankDigestsBody,
     RankWrites,
 )
+
+#: of a request: for how long, why, and what is a call of its own
+_NOT_ASKED = {"timeout_s", "reason", "released", "pause", "pause_timeout_s", "resume"}
 
 
 class Bodies:
@@ -88,6 +93,22 @@ class Bodies:
             ]
             for w in range(workers)
         ]
+
+
+def packed_nbytes(request: Message) -> int:
+    """Of digests, which alone can be many."""
+    if not isinstance(request, (PrepareRequest, CommitRequest)):
+        return 0
+    return sum(len(packed) for rank in request.ranks for packed in rank.digests)
+
+
+def fingerprint(request: Message) -> str:
+    """Equal for repeats: everything that was asked, but for how long to wait and why.
+
+    What is done before or after is asked by itself, and not a second time either.
+    """
+    text = request.model_dump_json(exclude=_NOT_ASKED)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _workers_s(request: PrepareRequest | CommitRequest) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import time
 import uuid
@@ -57,8 +56,8 @@ from weightsync.worker_messages import (
     VerifyBody,
 )
 from weightsync_server.agent.aside import aside
-from weightsync_server.agent.bodies import Bodies
-from weightsync_server.agent.joined import joined, pause_and_begin
+from weightsync_server.agent.bodies import Bodies, fingerprint, packed_nbytes
+from weightsync_server.agent.joined import joined, pause_and
 from weightsync_server.agent.journal import Record, Remembered
 from weightsync_server.agent.once import Mark, Once
 from weightsync_server.agent.pushes import Traffic
@@ -68,8 +67,6 @@ from weightsync_server.agent.work import Work
 R = TypeVar("R", PrepareRequest, CommitRequest)
 
 log = logging.getLogger(__name__)
-
-_NOT_ASKED = {"timeout_s", "reason", "released", "pause", "pause_timeout_s", "resume"}
 
 
 class Calls:
@@ -129,10 +126,13 @@ class Calls:
         begin = partial(self._push_step, name, request.push_id, event, request, keep_errors=True)
         if request.pause is None or self._once.knows((name, request.push_id)):
             return await begin()
-        pause = PauseRequest(
-            mode=request.pause, timeout_s=request.pause_timeout_s, push_id=request.push_id
+        return await pause_and(self._service.state, event, partial(self._paused, request), begin)
+
+    async def _paused(self, request: BeginRequest | CommitRequest) -> StepResponse:
+        mode, push_id = request.pause or "keep", request.push_id
+        return await self.pause(
+            PauseRequest(mode=mode, timeout_s=request.pause_timeout_s, push_id=push_id)
         )
-        return await pause_and_begin(self._service.state, event, lambda: self.pause(pause), begin)
 
     async def prepare(self, request: PrepareRequest) -> StepResponse:
         """``POST /prepare_commit``."""
@@ -143,7 +143,13 @@ class Calls:
         """``POST /commit_update``."""
         event = CommitAsked(request.session, request.epoch, request.push_id, request.version)
         taken = time.monotonic()
-        done = await self._checked_step("commit_update", event, request, self._bodies.commit)
+        name, push_id = "commit_update", request.push_id
+        commit = partial(self._checked_step, name, event, request, self._bodies.commit)
+        if request.pause is None or any(self._once.knows((n, push_id)) for n in ("pause", name)):
+            done = await commit()
+        else:
+            pause = partial(self._paused, request)
+            done = await pause_and(self._service.state, event, pause, commit)
         if not request.resume or done.state != "paused":
             return done
         after_s = time.monotonic() - taken
@@ -164,7 +170,7 @@ class Calls:
         if request.push_id is None:
             return await self._rollback(request, lambda: None)
         key = ("rollback", request.push_id)
-        return await self._once.run(key, _fingerprint(request), work)
+        return await self._once.run(key, fingerprint(request), work)
 
     async def _rollback(self, request: RollbackRequest, begun: Mark) -> StepResponse:
         state = self._service.state
@@ -268,7 +274,7 @@ class Calls:
         async def work(begun: Mark) -> StepResponse:
             return await self._step(event, request, request.timeout_s, begun, extra)
 
-        asked = await asyncio.to_thread(_fingerprint, request)
+        asked = await asyncio.to_thread(fingerprint, request)
         return await self._once.run(key, asked, work)
 
     async def checksums(self, timeout_s: float) -> tuple[int, dict[str, str]]:
@@ -320,7 +326,7 @@ class Calls:
         async def work(begun: Mark) -> StepResponse:
             return await self._step(event, request, timeout_s, begun, extra)
 
-        asked = await aside(_packed_nbytes(request), _fingerprint, request)
+        asked = await aside(packed_nbytes(request), fingerprint, request)
         return await self._once.run((name, push_id), asked, work, keep_errors=keep_errors)
 
     def _remember(self, key: Hashable, asked: Hashable, task: asyncio.Task[Any]) -> None:
@@ -346,7 +352,7 @@ class Calls:
         self._service.fence.written(event.push_id)  # nobody may say this before it is so
         if not self._once.knows((name, event.push_id)):
             step(self._service.state, event)  # refused before anything big is unpacked
-        bodies = await aside(_packed_nbytes(request), bodies_of, request, self._workers)
+        bodies = await aside(packed_nbytes(request), bodies_of, request, self._workers)
         return await self._push_step(
             name, event.push_id, event, request, keep_errors=True, extra={"bodies": bodies}
         )
@@ -369,22 +375,6 @@ class Calls:
 
     def _work(self, event: Ask, request: Message, timeout_s: float, begun: Mark) -> Work:
         return Work(event, time.monotonic() + timeout_s, request, begun)
-
-
-def _fingerprint(request: Message) -> str:
-    """Equal for repeats: everything that was asked, but for how long to wait and why.
-
-    What is done before or after is asked by itself, and not a second time either.
-    """
-    text = request.model_dump_json(exclude=_NOT_ASKED)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _packed_nbytes(request: Message) -> int:
-    """Of digests, which alone can be many."""
-    if not isinstance(request, (PrepareRequest, CommitRequest)):
-        return 0
-    return sum(len(packed) for rank in request.ranks for packed in rank.digests)
 
 
 def _answered(remembered: Remembered) -> StepResponse:

@@ -11,29 +11,30 @@ from time import monotonic
 from weightsync.errors import WeightSyncError
 from weightsync.protocol import StepResponse
 from weightsync.state import AgentState, step
-from weightsync.state_events import BeginAsked, PauseAsked, Paused
+from weightsync.state_events import BeginAsked, CommitAsked, PauseAsked, Paused
 
 Call = Callable[[], Awaitable[StepResponse]]
 
 
-async def pause_and_begin(
-    state: AgentState, event: BeginAsked, pause: Call, begin: Call
+async def pause_and(
+    state: AgentState, event: BeginAsked | CommitAsked, pause: Call, call: Call
 ) -> StepResponse:
-    """Pause the engine for a push, and begin it.
+    """Pause the engine for a push, and begin or commit it.
 
     Raises:
-        WeightSyncError: ``step`` of its context tells whose it is, ``pause`` or ``begin``.  What
-            the state refuses of either is refused before the engine is paused.
+        WeightSyncError: ``step`` of its context tells whose it is: ``pause``, ``begin`` or
+            ``commit``.  What the state refuses of either is refused before the engine is paused.
     """
+    name = "begin" if isinstance(event, BeginAsked) else "commit"
     taken, failing = monotonic(), "pause"
     try:
         state = step(state, PauseAsked(event.push_id)).state
-        failing = "begin"
+        failing = name
         step(step(state, Paused(event.push_id)).state, event)
         failing = "pause"
         paused = await pause()
-        failing, after_s = "begin", monotonic() - taken
-        return joined(paused, await begin(), after_s)
+        failing, after_s = name, monotonic() - taken
+        return joined(paused, await call(), after_s)
     except WeightSyncError as error:
         error.context["step"] = failing
         raise
