@@ -7,7 +7,12 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from weightsync.errors import AgentUnreachableError, DeadlineError, WeightSyncError
+from weightsync.errors import (
+    AgentUnreachableError,
+    DeadlineError,
+    EngineDetachedError,
+    WeightSyncError,
+)
 from weightsync.process import this_process
 from weightsync.protocol import AbortRequest, StepResponse
 from weightsync_client.control import Agent
@@ -167,8 +172,9 @@ class Attempt:
             began = self.transaction is not None and self.transaction.began
             wrote = began or not self.wrote_nothing
             # Writes may be in flight: nothing of this epoch is used again (WS-3, WS-8).  And who
-            # could not be reached may have lost the wire, too, as only a write finds out.
-            cut_off = isinstance(error, AgentUnreachableError | DeadlineError)
+            # could not be reached may have lost the wire, too, as only a write finds out.  The GPU
+            # memory of an engine that is gone is mapped here, and the next one needs it.
+            cut_off = isinstance(error, AgentUnreachableError | DeadlineError | EngineDetachedError)
             if wrote or (cut_off and self.of_all):
                 members = {} if self.held.session is None else dict(self.held.session.members)
                 try:

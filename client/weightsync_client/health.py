@@ -17,15 +17,31 @@ _log = logging.getLogger("weightsync.publisher")
 def check(held: Open, settings: PushSettings) -> tuple[AgentOutcome, ...]:
     """What the agents would be to a push now; all ranks call this, rank 0 asks.
 
+    An engine that is gone is let go: its GPU memory, where this process has mapped it, is free for
+    the next one only then.
+
     Raises:
         WeightSyncError: So many are lost that the next push would fail.
     """
     deadlines = settings.deadlines
-    return held.ranks.meet(
-        "check", lambda: None, lambda _: _look(held, settings), kind=None,
-        result=tuple[AgentOutcome, ...],
-        decide_s=deadlines.status_s + deadlines.check_s + deadlines.grace_s,
-    )  # fmt: skip
+    try:
+        found: tuple[AgentOutcome, ...] = held.ranks.meet(
+            "check", lambda: None, lambda _: _look(held, settings), kind=None,
+            result=tuple[AgentOutcome, ...],
+            decide_s=deadlines.status_s + deadlines.check_s + deadlines.grace_s,
+        )  # fmt: skip
+    except EngineDetachedError as error:
+        _let_go(held, str(error.context.get("agent")))
+        raise
+    for agent in found:
+        if agent.code == EngineDetachedError.code:
+            _let_go(held, agent.url)
+    return found
+
+
+def _let_go(held: Open, url: str) -> None:
+    if held.session is not None and url in held.session.members:
+        held.session.drop(url)
 
 
 def _look(held: Open, settings: PushSettings) -> tuple[AgentOutcome, ...]:

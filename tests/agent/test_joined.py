@@ -157,9 +157,7 @@ async def test_a_pause_that_fails_leaves_a_shadows_engine_as_it_was(agent, engin
     assert (status["state"], status["version"]) == ("ready", 0)
 
 
-async def test_a_commit_after_a_pause_of_its_own_call_does_not_pause_again(
-    agent, engine, shadowed
-):
+async def test_a_commit_after_a_pause_of_its_own_call_does_not_pause_again(agent, engine, shadowed):
     await shadowed.pause()
     done = await shadowed.commit(1, ranks=[], **PAUSE, **RESUME)
     assert done["state"] == "ready"

@@ -472,6 +472,37 @@ def test_a_check_fails_where_the_next_push_would(
     assert same_report(job.push(sharded(weights, 2))).rendezvous_s == 0
 
 
+@pytest.mark.parametrize("policy", ["all", "available"])
+def test_a_check_lets_go_of_an_engine_that_is_gone(
+    make_agent: Make, make_job: Make, weights: Any, policy: str
+) -> None:
+    agents = [make_agent(), make_agent()]
+    job = make_job(*agents, ranks=2, policy=policy)
+    same_report(job.push(sharded(weights, 2)))
+    before, agents[1].state = agents[1].state, type(agents[1].state)(phase="detached")
+    results = on_ranks(job, lambda p: p.check())
+    if policy == "all":
+        same_error_of_check(results, EngineDetachedError)
+    for publisher in job.publishers:
+        assert [*publisher._held.session.members] == [agents[0].url]
+    agents[1].state = before
+    report = same_report(job.push(sharded(weights, 2)))
+    assert [a.ok for a in report.agents] == [True, True]
+    assert report.rendezvous_s > 0
+
+
+def test_a_push_that_finds_no_engine_lets_go_of_it(
+    make_agent: Make, make_job: Make, weights: Any
+) -> None:
+    agent = make_agent()
+    job = make_job(agent, ranks=2)
+    same_report(job.push(sharded(weights, 2)))
+    agent.state = type(agent.state)(phase="detached")
+    results = job.push(sharded(weights, 2))
+    assert [type(r) for r in results] == [EngineDetachedError] * 2
+    assert [p._held.session for p in job.publishers] == [None, None]
+
+
 def same_error_of_check(results: list[Any], kind: type[WeightSyncError]) -> WeightSyncError:
     assert [type(r) for r in results] == [kind] * len(results), results
     assert {str(r) for r in results} == {str(results[0])}
