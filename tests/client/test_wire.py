@@ -14,6 +14,7 @@ import pytest
 from weightsync_client.wire import Connections
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nbody"
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 class Server:
@@ -115,7 +116,7 @@ def test_a_connection_that_is_not_good_any_more_is_not_used_again(
         ask(wire, server.url + "/")
     if how == "close":
         (kept,) = wire._idle.values()
-        kept[0][1].sock.shutdown(socket.SHUT_RD)  # what the end of the far side looks like
+        kept[0][1].shutdown(socket.SHUT_RD)  # what the end of the far side looks like
     assert ask(wire, server.url + "/") == b"200 body"
     assert server.accepted == 2
 
@@ -141,6 +142,60 @@ def test_an_answer_that_does_not_come_whole_is_an_error(
     with pytest.raises(error):
         ask(wire, server.url + "/", timeout=httpx.Timeout(0.2))
     assert ask(wire, server.url + "/") == b"200 body"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: -4\r\n\r\nbody",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 4_0\r\n\r\nbody",
+        b"HTTP/1.1 200 OK\r\n" + b"A: 1\r\n" * 101 + b"\r\n",
+        b"HTTP/1.1 200 OK\r\nA: " + b"x" * 70_000,
+        b"HTTP/2 200 OK\r\n\r\n",
+        CHUNKED + b"4\r\nlonger\r\n0\r\n\r\n",
+        CHUNKED + b"no\r\nbody\r\n0\r\n\r\n",
+        CHUNKED + b"9\r\nearly",
+    ],
+    ids=[
+        "less than nothing", "no number", "headers", "long line", "version",
+        "long chunk", "no size", "early end",
+    ],
+)  # fmt: skip
+def test_an_answer_that_breaks_the_rules_is_none(
+    answer: bytes, serve: Callable[..., Server], wire: Connections
+) -> None:
+    server = serve(answer, OK)
+    with pytest.raises(httpx.RemoteProtocolError):
+        ask(wire, server.url + "/")
+    assert ask(wire, server.url + "/") == b"200 body"
+    assert server.accepted == 2
+
+
+def test_bodies_without_a_length_end_with_the_connection_and_chunks_may_have_trailers(
+    serve: Callable[..., Server], wire: Connections
+) -> None:
+    trailed = CHUNKED + b"4;x=y\r\nbody\r\n1\r\n!\r\n0\r\nDate: now\r\n\r\n"
+    early = b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
+    none = b"HTTP/1.1 204 No Content\r\n\r\n"
+    server = serve(early + trailed, none, b"HTTP/1.1 200 OK\r\n\r\nall there early", OK)
+    assert ask(wire, server.url) == b"200 body!"
+    assert ask(wire, server.url) == b"204 "
+    assert ask(wire, server.url) == b"200 all there early"
+    assert server.accepted == 1
+    assert ask(wire, server.url) == b"200 body"
+    assert server.accepted == 2
+
+
+@pytest.mark.parametrize("path", ["/a b", "/a\x00", "/é"])
+def test_nothing_is_sent_that_is_no_request(
+    path: str, serve: Callable[..., Server], wire: Connections
+) -> None:
+    server = serve(OK)
+    with pytest.raises(httpx.ConnectError, match="none of HTTP"):
+        ask(wire, server.url + path)
+    with pytest.raises(httpx.ConnectError, match="none of HTTP"):
+        ask(wire, server.url, headers={"X-Call": "1\r\nX-Other: 2"})
+    assert not server.accepted
 
 
 def test_nobody_there_is_no_connection(wire: Connections) -> None:
