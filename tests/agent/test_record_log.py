@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
 
 import pytest
 from hypothesis import given
@@ -23,10 +24,14 @@ def path(tmp_path):
     return tmp_path / "the.journal"
 
 
+def begin(log, body):
+    log.begin(log.draft(body, sync=False), [])
+
+
 @pytest.fixture
 def filled(path):
     log = RecordLog(path)
-    log.begin(BODIES[0], sync=True)
+    begin(log, BODIES[0])
     assert log.add(BODIES[1])
     assert log.add(BODIES[2])
     yield log
@@ -55,13 +60,13 @@ def read(path):
 def whole_writes(monkeypatch):
     """Every record that is written whole, and whether it is synced."""
     seen = []
-    begin = RecordLog.begin
+    draft = RecordLog.draft
 
     def counted(self, body, *, sync):
         seen.append(sync)
-        begin(self, body, sync=sync)
+        return draft(self, body, sync=sync)
 
-    monkeypatch.setattr(RecordLog, "begin", counted)
+    monkeypatch.setattr(RecordLog, "draft", counted)
     return seen
 
 
@@ -114,7 +119,7 @@ def test_nothing_is_written_behind_a_line_that_was_cut_short(filled, path, monke
     torn = path.read_bytes()
     assert not filled.add(b'{"a": 5}')
     assert path.read_bytes() == torn
-    filled.begin(b'{"a": 6}', sync=False)
+    begin(filled, b'{"a": 6}')
     assert filled.add(b'{"a": 7}')
     assert filled.read() == [b'{"a": 6}', b'{"a": 7}']
 
@@ -131,7 +136,7 @@ def test_a_file_grows_no_longer_than_some_hundred_kilobytes(filled, path):
     while filled.add(body):
         assert path.stat().st_size < 300_000
     assert path.stat().st_size > 200_000
-    filled.begin(body, sync=False)
+    begin(filled, body)
     assert filled.add(body)
 
 
@@ -247,30 +252,65 @@ async def test_a_disk_with_room_for_half_a_line_refuses_and_keeps_what_there_was
     assert read() == held(3)
 
 
-async def test_two_threads_never_write_though_who_waited_was_cancelled(journal, read, monkeypatch):
-    running, most = 0, 0
-    begin, go = RecordLog.begin, asyncio.Event()
-    loop = asyncio.get_running_loop()
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """Whole files are begun, and are written when it is set; counts those under way at once."""
+    disk = threading.Event()
+    disk.running = disk.most = 0
+    draft = RecordLog.draft
 
     def slow(self, body, *, sync):
-        nonlocal running, most
-        running += 1
-        most = max(most, running)
-        asyncio.run_coroutine_threadsafe(go.wait(), loop).result(5)
-        begin(self, body, sync=sync)
-        running -= 1
+        disk.running += 1
+        disk.most = max(disk.most, disk.running)
+        try:
+            assert disk.wait(5)
+            return draft(self, body, sync=sync)
+        finally:
+            disk.running -= 1
 
-    monkeypatch.setattr(RecordLog, "begin", slow)
+    monkeypatch.setattr(RecordLog, "draft", slow)
+    return disk
+
+
+async def test_a_push_does_not_wait_for_what_is_written_whole_and_nothing_is_lost(
+    journal, read, slow_disk
+):
+    slow_disk.set()
+    await journal.save(free(1))
+    slow_disk.clear()
+    whole = asyncio.create_task(journal.save(free(2)))
+    while not slow_disk.running:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    assert read() == free(2)
+    at_once(journal.save(held(3)))
+    assert read() == held(3)
+    slow_disk.set()
+    await journal.flush()
+    await whole
+    assert read() == held(3), "it went along when the new file took the old one's place"
+    at_once(journal.save(held(4)))
+    assert read() == held(4)
+
+
+async def test_one_thread_writes_though_who_waited_was_cancelled(journal, read, slow_disk):
     first = asyncio.create_task(journal.save(free(1)))
-    while not running:  # noqa: ASYNC110
+    while not slow_disk.running:  # noqa: ASYNC110
         await asyncio.sleep(0.001)
     first.cancel()
-    second = asyncio.create_task(journal.save(held(2)))
+    second = asyncio.create_task(journal.save(free(2)))
     await asyncio.sleep(0.02)
-    assert not second.done(), "nothing is added to a file that is being replaced"
-    go.set()
+    slow_disk.set()
     await second
-    assert (most, read()) == (1, held(2))
+    assert (slow_disk.most, read()) == (1, free(2))
+
+
+async def test_a_push_that_left_everything_as_it_was_is_over_in_the_journal_too(journal, read):
+    await journal.save(free(1))
+    at_once(journal.save(held(1)))
+    journal.save_soon(free(1))
+    await journal.flush()
+    assert read() == free(1)
+    assert len(RecordLog(journal.path).read()) == 1
 
 
 # ------------------------------------------------------------------ what is new in a record

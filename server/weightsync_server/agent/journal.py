@@ -30,6 +30,8 @@ T = TypeVar("T")
 
 #: pushes whose answers are kept
 _KEPT_PUSHES = 4
+#: :meth:`Record.since` of the same record
+_NOTHING = b"{}"
 #: seconds in which what need not be written at once gathers, so that no step of a push waits for it
 _SOON_S = 0.002
 
@@ -124,7 +126,7 @@ def default_path(engine_urls: Sequence[str], environ: Mapping[str, str] = os.env
 
 
 class Journal:
-    """One agent's journal.  Used on the event loop only; whole it is written off it.
+    """One agent's journal.  Used on the event loop only; what takes long is done off it.
 
     Args:
         path: The file; its folder is made.
@@ -138,8 +140,9 @@ class Journal:
         self.trouble = ""
         self._failed = failed
         self._log = RecordLog(path)
-        # what the file tells, and what it told when it was last written whole
-        self._told = self._whole = self.record
+        # what the file tells; whether it was written whole, and synced, and nothing added since
+        self._told = self.record
+        self._whole = True
         self._lock_fd = -1
         self._writing: asyncio.Task[JournalError | None] | None = None
         self._soon: asyncio.TimerHandle | None = None
@@ -157,7 +160,7 @@ class Journal:
             return
         try:
             self._take()
-            self.record = self._told = self._whole = self._read()
+            self.record = self._told = self._read()
         except BlockingIOError as error:
             raise InputError(
                 f"another agent has the journal {self.path}",
@@ -215,20 +218,14 @@ class Journal:
 
     def _saved(self) -> bool:
         """Whether the record is as safe as it has to be; it is made so if that takes no time."""
-        return (self._writing is None or self._writing.done()) and self._added()
-
-    def _added(self) -> bool:
-        record, held = self.record, self.record.state.owner is not None
         if self.trouble:
             return False
-        if not held and self._whole == record:
-            return True
         # between pushes, too: nothing that was answered is forgotten until it is written whole
-        new = record.since(self._told)
-        if new != b"{}" and not self._log.add(new):
-            return False
-        self._told = record
-        return held
+        if (new := self.record.since(self._told)) != _NOTHING:
+            if not self._log.add(new):
+                return False
+            self._told, self._whole = self.record, False
+        return self._whole or self.record.state.owner is not None
 
     def _write(self) -> asyncio.Task[JournalError | None]:
         if self._writing is None or self._writing.done():
@@ -236,20 +233,25 @@ class Journal:
         return self._writing
 
     async def _write_whole(self) -> JournalError | None:
-        """Write the record until it is still the same afterwards.
+        """Write the record whole until it is saved; meanwhile it may be added to, as ever.
 
         Returns:
             Why it could not be written.
         """
         while True:
-            record = self.record
+            record, sync = self.record, self.record.state.owner is None
             try:
-                await asyncio.to_thread(self._begin, record)
+                draft = await asyncio.to_thread(self._draft, record, sync=sync)
+                new = self.record.since(record)
+                self._log.begin(draft, [] if new == _NOTHING else [new])
+                self._told, self._whole = record if new == _NOTHING else self.record, False
+                if sync:
+                    await asyncio.to_thread(self._log.sync_folder)
             except OSError as error:
                 return self._tell(error)
-            self._told = self._whole = record
+            self._whole = sync and self._told is record
             self.trouble = ""
-            if self._added():
+            if self._saved():
                 return None
 
     def _tell(self, error: OSError) -> JournalError:
@@ -289,7 +291,7 @@ class Journal:
             )
             return Record()
 
-    def _begin(self, record: Record) -> None:
+    def _draft(self, record: Record, *, sync: bool) -> int:
         if self._lock_fd < 0:
             self._take()  # what was wrong at the start may be mended
-        self._log.begin(record.since(Record()), sync=record.state.owner is None)
+        return self._log.draft(record.since(Record()), sync=sync)

@@ -1,7 +1,7 @@
 """A file of JSON objects, a line each: begun whole, then added to.
 
-Begun, it is a neighbour first that then takes the file's place, so that a crash at any moment
-leaves the old file or the new one.  A line that a crash or a full disk cut short is none: who reads
+A new one is a neighbour first that then takes the file's place, so that a crash at any moment
+leaves the old one or the new one.  A line that a crash or a full disk cut short is none: who reads
 stops before it, and nothing is ever written behind it.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -20,7 +21,7 @@ _MAX_ADDED_NBYTES = 256 * 1024
 
 
 class RecordLog:
-    """One such file.  Used by one thread at a time; its folder is there, and its owner's alone.
+    """One such file.  Writing takes microseconds, but for :meth:`draft` and :meth:`sync_folder`.
 
     Args:
         path: The file.
@@ -28,6 +29,7 @@ class RecordLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._neighbour = path.with_name(path.name + ".new")
         self._fd = -1
         self._inode = (0, 0)
         self._nbytes = self._begun_nbytes = 0
@@ -58,36 +60,55 @@ class RecordLog:
             log.warning("the last %d bytes of %s are no whole line: ignored", ignored, self.path)
         return bodies
 
-    def begin(self, body: bytes, *, sync: bool) -> None:
-        """Have ``body`` be all that it holds; ``sync``: on the disk, too, when this returns.
+    def draft(self, body: bytes, *, sync: bool) -> int:
+        """Write a neighbour that holds ``body`` alone; ``sync``: and have it on the disk.
+
+        Returns:
+            It, open: :meth:`begin` has it take the file's place.
 
         Raises:
-            OSError: It holds what it did, or with ``sync`` perhaps ``body``.
+            OSError: It could not be written.
         """
-        draft = self.path.with_name(self.path.name + ".new")
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
-        fd = os.open(draft, flags, 0o600)
+        fd = os.open(self._neighbour, flags, 0o600)
         try:
-            whole = _MAGIC + b"\n" + _line(body)
-            left = memoryview(whole)
-            while left:
-                left = left[os.write(fd, left) :]
+            _write(fd, _MAGIC + b"\n" + _line(body))
             if sync:
                 os.fsync(fd)
-            made = os.fstat(fd)
-            draft.replace(self.path)
         except BaseException:
             os.close(fd)
             raise
+        return fd
+
+    def begin(self, draft: int, bodies: Sequence[bytes]) -> None:
+        """Have the draft, with ``bodies`` behind what it holds, take the file's place.
+
+        Raises:
+            OSError: It has not.
+        """
+        try:
+            for body in bodies:
+                _write(draft, _line(body))
+            made = os.fstat(draft)
+            self._neighbour.replace(self.path)
+        except BaseException:
+            os.close(draft)
+            raise
         self.close()
-        self._fd, self._inode = fd, (made.st_dev, made.st_ino)
-        self._nbytes = self._begun_nbytes = len(whole)
-        if sync:
-            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        self._fd, self._inode = draft, (made.st_dev, made.st_ino)
+        self._nbytes = self._begun_nbytes = made.st_size
+
+    def sync_folder(self) -> None:
+        """Have it on the disk that the last draft took the file's place.
+
+        Raises:
+            OSError: Nobody can tell whether it is.
+        """
+        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
     def add(self, body: bytes) -> bool:
         """Write a line behind the others, without syncing it: some microseconds.
@@ -120,6 +141,12 @@ class RecordLog:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _write(fd: int, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(fd, left) :]
 
 
 def _line(body: bytes) -> bytes:
