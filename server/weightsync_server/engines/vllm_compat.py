@@ -118,22 +118,21 @@ async def reset_caches(client: Any) -> None:
     if len(getattr(core, "core_engines", ())) > 1:
         # each data-parallel engine has a cache; 0.24 hands back the first one's answer alone
         reset = core._call_utility_async  # noqa: SLF001 - there is no public way
-        done = await asyncio.gather(
-            *(
-                reset("reset_prefix_cache", *options.values(), engine=engine)
-                for engine in core.core_engines
-            )
-        )
+        resets = [
+            reset("reset_prefix_cache", *options.values(), engine=engine)
+            for engine in core.core_engines
+        ]
     else:
         reset = client.reset_prefix_cache
-        done = [await reset(**_accepted(reset, {}, options))]
-    if False in done:
+        resets = [reset(**_accepted(reset, {}, options))]
+    if (reset_encoder := getattr(client, "reset_encoder_cache", None)) is not None:
+        resets.append(reset_encoder())
+    # an engine does them in this order, and nobody waits for the ways between them
+    if False in await asyncio.gather(*resets):
         raise EngineError(
             "the engine did not reset its prefix cache",
             hint="is there a KV connector that holds blocks? answers would mix old and new weights",
         )
-    if (reset_encoder := getattr(client, "reset_encoder_cache", None)) is not None:
-        await reset_encoder()
 
 
 async def call_workers(client: Any, command: str, timeout_s: float) -> None:

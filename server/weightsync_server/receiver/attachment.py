@@ -8,7 +8,7 @@ from weightsync.checkpoint import Checkpoint
 from weightsync.errors import EngineError, InputError, LayoutError
 from weightsync.worker_messages import AttachReply
 from weightsync_server.engines.base import EngineAdapter
-from weightsync_server.receiver.kernel import Identity, check_identities, tensor_at
+from weightsync_server.receiver.kernel import Identity, Places, tensor_at
 from weightsync_server.receiver.proof import Prover
 from weightsync_server.receiver.target import Copies, copies_by_tensor
 from weightsync_server.receiver.tracer import trace
@@ -32,7 +32,7 @@ class Attachment:
         self.reference: Copies | None = None
         self._adapter = adapter
         self._prover = prover
-        self._identities: dict[str, Identity] = {}
+        self._places = Places(adapter.live, {})
 
     def attach(self, *, full: bool, pushed: bool) -> AttachReply:
         """Prove how bytes may reach the kernel tensors; ``full`` compares all bytes, and anew.
@@ -78,13 +78,15 @@ class Attachment:
 
     def accept(self, reference: Copies, proofs: Proofs) -> None:
         """Keep proofs, made by the load ``reference``, while direct tensors stay where they are."""
-        self.reference, self.proofs, self._identities = reference, proofs, {}
+        self.reference, self.proofs = reference, proofs
+        identities = {}
         for unit in proofs.units:
             module = f"{unit.path}." if unit.path else ""
             for leaf, name in unit.params.items():
                 t = tensor_at(self._adapter.live, module + leaf)
                 if proofs.mode(name) == "direct" and t is not None:
-                    self._identities[module + leaf] = Identity.of(t)
+                    identities[module + leaf] = Identity.of(t)
+        self._places = Places(self._adapter.live, identities)
 
     def check_place(self) -> None:
         """Check that direct tensors are where they were; what moved ends the proofs.
@@ -93,7 +95,7 @@ class Attachment:
             IdentityError: A kernel tensor moved.
         """
         try:
-            check_identities(self._adapter.live, self._identities)
+            self._places.check()
         except LayoutError:
-            self.proofs, self._identities = None, {}
+            self.proofs, self._places = None, Places(self._adapter.live, {})
             raise

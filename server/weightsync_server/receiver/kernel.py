@@ -116,15 +116,61 @@ def _content(cell: Any) -> Any:
         return None
 
 
-def check_identities(model: nn.Module, known: dict[str, Identity]) -> None:
-    """Compare every kernel tensor with what was registered.
+class Places:
+    """Where kernel tensors are that were registered.
 
-    Raises:
-        IdentityError: One moved; a write to its old place would be lost or would corrupt.
+    The engine stands still while they are checked, so the ways to them are found once: a check
+    sees that each module on a way, and the tensor at its end, are the objects that they were.
+
+    Args:
+        model: The live model.
+        known: The tensors' identities by dotted name.
     """
-    with plainly():  # the engine stands still meanwhile: one walk, too, not one a name
-        tensors = tensors_of(model)
-        for name, identity in known.items():
+
+    def __init__(self, model: nn.Module, known: dict[str, Identity]) -> None:
+        self._model = model
+        self._known = known
+        self._modules = {"": model}
+        self._ways: list[tuple[nn.Module, str, nn.Module]] = []
+        self._tensors = [(*self._slot(name), identity) for name, identity in known.items()]
+
+    def _slot(self, name: str) -> tuple[nn.Module, str, str, torch.Tensor]:
+        path, _, leaf = name.rpartition(".")
+        module = self._module(path)
+        for slot in ("_parameters", "_buffers"):
+            if (t := module.__dict__[slot].get(leaf)) is not None:
+                return module, slot, leaf, t
+        raise AttributeError(f"{path} has no tensor {leaf}")
+
+    def _module(self, path: str) -> nn.Module:
+        found = self._modules.get(path)
+        if found is None:
+            parent, _, name = path.rpartition(".")
+            module = self._module(parent)
+            found = self._modules[path] = module.__dict__["_modules"][name]
+            self._ways.append((module, name, found))
+        return found
+
+    def check(self) -> None:
+        """Compare every tensor with what was registered.
+
+        Raises:
+            IdentityError: One moved; a write to its old place would be lost or would corrupt.
+        """
+        with plainly():
+            if not (
+                all(module.__dict__["_modules"].get(k) is m for module, k, m in self._ways)
+                and all(
+                    module.__dict__[slot].get(leaf) is t and identity.holds(t)
+                    for module, slot, leaf, t, identity in self._tensors
+                )
+            ):
+                self._compare()
+
+    def _compare(self) -> None:
+        """By name, whichever objects they are now."""
+        tensors = tensors_of(self._model)
+        for name, identity in self._known.items():
             t = tensors.get(name)
             if t is None or not identity.holds(t):
                 now = None if t is None else Identity.of(t)
