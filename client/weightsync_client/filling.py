@@ -95,6 +95,7 @@ class Round:
     def __init__(self, jobs: Sequence[Job]) -> None:
         self.jobs = jobs
         self._straight: _Straight | None = None
+        self._known: _Known | None = None
 
     def fill(self, source: WeightSource) -> None:
         """Carry out all of them; on a GPU they are queued on the current stream.
@@ -106,6 +107,11 @@ class Round:
             holdings = source.holdings()
             for job in self.jobs:
                 job.settle(holdings[job.name][job.box].shape)
+        if isinstance(source, PreparedSource):
+            if self._known is None or self._known.structure is not source.structure:
+                self._known = _Known(self.jobs, source)
+            self._known.fill(source)
+            return
         if not isinstance(source, QuantizedSource):
             _copy(self.jobs, source, held=isinstance(source, _Holds))
             return
@@ -120,6 +126,36 @@ class Round:
         done = self._straight.fill(source)
         _copy([j for j in kinds["values"] if (j.name, j.box) not in done], source, held=False)
         _copy(kinds["scales"], source, held=True)
+
+
+class _Known:
+    """How the jobs are done from one structure: small tensors that are copied whole are found once.
+
+    Where the structure is the same, so are shapes and dtypes; only the addresses are this push's.
+    """
+
+    def __init__(self, jobs: Iterable[Job], source: PreparedSource) -> None:
+        self.structure = source.structure
+        self._jobs: list[Job] = []
+        #: by dtypes: slots, and the number of the tensor that goes into each
+        self._together: dict[object, tuple[list[torch.Tensor], list[int]]] = {}
+        for job in jobs:
+            local = source.local(job.name, job.box)
+            number = self.structure.whole(job.name, job.box)
+            rounded = job.rounds and local.dtype != job.made
+            plain = job.small and not job.copies and local.shape == job.shape
+            if number is None or rounded or not plain:
+                self._jobs.append(job)
+                continue
+            for slot in job.whole:
+                slots, numbers = self._together.setdefault((local.dtype, slot.dtype), ([], []))
+                slots.append(slot)
+                numbers.append(number)
+
+    def fill(self, source: PreparedSource) -> None:
+        for slots, numbers in self._together.values():
+            torch._foreach_copy_(slots, source.tensors(numbers))
+        _copy(self._jobs, source, held=True)
 
 
 class _Straight:

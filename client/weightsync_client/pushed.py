@@ -48,8 +48,8 @@ class Pushed:
 
     def look_again(self) -> None:
         """For a rendezvous: the weights themselves are looked at, whatever is known of them."""
-        if isinstance(self.given, PreparedSource):
-            self._structures = None
+        if self._structures is not None and isinstance(self.given, PreparedSource):
+            self._structures.forget()
             for made in ("given", "quantized", "declaration"):
                 self.__dict__.pop(made, None)
 

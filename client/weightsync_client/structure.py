@@ -62,12 +62,18 @@ class Structure:
     holdings: Mapping[str, tuple[Box, ...]]
     views: Mapping[str, tuple[_View, ...]]
 
+    def whole(self, name: str, box_index: int) -> int | None:
+        """The number of the model's tensor that is this box; None: the box is but a part of one."""
+        view = self.views[name][box_index]
+        return view.base if view.whole else None
+
 
 class PreparedSource:
     """A model whose structure is known, with the addresses of this push.
 
     Attributes:
         mark: Equal for two pushes of the same structure from the same memory.
+        structure: What is known.
         declaration: What was declared when it was looked at.
     """
 
@@ -76,20 +82,20 @@ class PreparedSource:
     ) -> None:
         self.mark = (structure, at)
         self.declaration = structure.declaration
-        self._structure = structure
+        self.structure = structure
         self._bases = bases
 
     def manifest(self) -> Iterable[TensorSpec]:
         """See :class:`weightsync_client.source.WeightSource`."""
-        return self._structure.declaration.tensors
+        return self.structure.declaration.tensors
 
     def holdings(self) -> Mapping[str, tuple[Box, ...]]:
         """See :class:`weightsync_client.source.WeightSource`."""
-        return self._structure.holdings
+        return self.structure.holdings
 
     def local(self, name: str, box_index: int) -> torch.Tensor:
         """The values of one box: a view."""
-        view = self._structure.views[name][box_index]
+        view = self.structure.views[name][box_index]
         base = self._bases[view.base]
         if base.requires_grad:
             base = base.detach()
@@ -97,12 +103,20 @@ class PreparedSource:
             return base
         return base.as_strided(view.shape, view.strides, base.storage_offset() + view.offset)
 
+    def tensors(self, numbers: Iterable[int]) -> list[torch.Tensor]:
+        """Of the model's own, those of these numbers; with gradients."""
+        return [self._bases[k] for k in numbers]
+
 
 class Structures:
     """The structure that was pushed last."""
 
     def __init__(self) -> None:
         self._known: Structure | None = None
+
+    def forget(self) -> None:
+        """The next model is looked at."""
+        self._known = None
 
     def prepared(self, model: Weights) -> PreparedSource | None:
         """A source for a model of the known structure; None: it has to be looked at."""

@@ -16,7 +16,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ class Recorder:
 
     def told(self) -> list[Span]:
         """This rank's spans for rank 0; those of rank 0 itself stay here."""
-        return [replace(m, start_s=m.start_s - self.anchor) for m in self._marks]
+        return [_moved(m, "", -self.anchor) for m in self._marks]
 
     def timeline(self, ranks: Sequence[Sequence[Span]]) -> tuple[Span, ...]:
         """On rank 0: all spans, by process, lane and start.
@@ -100,14 +100,16 @@ class Recorder:
         Args:
             ranks: What each rank told, by rank; its own is taken from here, with what came since.
         """
-        made = []
-        for rank, marks in enumerate([self.told(), *ranks[1:]]):
-            for m in marks:
-                start_s = m.start_s + self.anchor - self.zero
-                made.append(replace(m, process=f"rank {rank}", start_s=start_s))
+        made = [_moved(m, "rank 0", -self.zero) for m in self._marks]
+        for rank, marks in enumerate(ranks[1:], start=1):
+            made += [_moved(m, f"rank {rank}", self.anchor - self.zero) for m in marks]
         for call in self._calls:
             made += _placed(call, self.zero)
         return tuple(sorted(made, key=_order))
+
+
+def _moved(span: Span, process: str, by_s: float) -> Span:
+    return Span(process, span.lane, span.name, span.start_s + by_s, span.seconds, span.nbytes)
 
 
 def _order(span: Span) -> tuple[object, ...]:

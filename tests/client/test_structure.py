@@ -70,6 +70,17 @@ def test_a_second_look_gives_what_a_first_one_gives(kind: str) -> None:
     assert again.declaration is seen(known, model, conversion).declaration
 
 
+def test_what_a_rendezvous_looked_at_is_what_the_next_pushes_know() -> None:
+    model, known = tied(), Structures()
+    first = seen(known, model).declaration
+    pushed = seen(known, model)
+    assert pushed.declaration is first
+    pushed.look_again()
+    assert not isinstance(pushed.given, PreparedSource)
+    assert pushed.declaration is not first
+    assert seen(known, model).declaration is pushed.declaration  # compared in every push
+
+
 def test_shards_of_fsdp2_are_known_by_what_this_rank_has() -> None:
     with mesh_of(1, (2,)) as mesh:
         model = tied()
@@ -157,7 +168,7 @@ def test_a_module_taken_apart_has_the_tensors_of_its_state_dict() -> None:
     model[2].register_module("none", None)
     found, wanted = tree(model), model.state_dict(keep_vars=True)
     assert found is not None
-    assert sorted(map(id, found[1])) == sorted(map(id, wanted.values()))
+    assert [*map(id, found[1])] == [*map(id, wanted.values())]
     assert tree(model) == found
 
 
