@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,10 +30,16 @@ class Declaration:
         Raises:
             ManifestError: A name twice, or what is no tensor.
         """
-        tensors = tuple(source.manifest())
+        return cls.made_of(source.manifest(), source.holdings())
+
+    @classmethod
+    def made_of(
+        cls, tensors: Iterable[TensorSpec], holdings: Mapping[str, tuple[Box, ...]]
+    ) -> Declaration:
+        """The same of a source's manifest and holdings."""
+        tensors = tuple(tensors)
         if tensors:  # a rank may hold nothing; that there is anything at all is asked of the job
             Manifest(tensors)
-        holdings = source.holdings()
         return cls(tensors, tuple(tuple(holdings.get(t.name, ())) for t in tensors))
 
     @property

@@ -20,7 +20,8 @@ from weightsync.quantize import (
     touched_blocks,
 )
 from weightsync_client.converted import ConvertedSource
-from weightsync_client.quantized import Key, QuantizedSource
+from weightsync_client.quantized import QuantizedSource
+from weightsync_client.quantized_form import Key
 from weightsync_client.source import StateDictSource, WeightSource
 from weightsync_client.structure import PreparedSource
 
@@ -107,25 +108,29 @@ class Round:
             holdings = source.holdings()
             for job in self.jobs:
                 job.settle(holdings[job.name][job.box].shape)
-        if isinstance(source, PreparedSource):
-            if self._known is None or self._known.structure is not source.structure:
-                self._known = _Known(self.jobs, source)
-            self._known.fill(source)
-            return
         if not isinstance(source, QuantizedSource):
-            _copy(self.jobs, source, held=isinstance(source, _Holds))
+            self._copy_given(self.jobs, source)
             return
         kinds: dict[str | None, list[Job]] = {None: [], "values": [], "scales": []}
         for job in self.jobs:
             kinds[source.makes(job.name)].append(job)
         # what is only copied keeps a GPU busy until the rest is looked at
-        _copy(kinds[None], source, held=isinstance(source.given, _Holds))
+        self._copy_given(kinds[None], source.given)
         if self._straight is None:
             straight = [j for j in kinds["values"] if j.blocks and not source.cuts((j.name, j.box))]
             self._straight = _Straight(straight)
         done = self._straight.fill(source)
         _copy([j for j in kinds["values"] if (j.name, j.box) not in done], source, held=False)
         _copy(kinds["scales"], source, held=True)
+
+    def _copy_given(self, jobs: Sequence[Job], source: WeightSource) -> None:
+        """Do those jobs that take values as they are."""
+        if not isinstance(source, PreparedSource):
+            _copy(jobs, source, held=isinstance(source, _Holds))
+            return
+        if self._known is None or self._known.structure is not source.structure:
+            self._known = _Known(jobs, source)
+        self._known.fill(source)
 
 
 class _Known:
@@ -204,7 +209,7 @@ class _Straight:
 
 
 #: sources that have what they hand out; what another makes is kept no longer than it must be
-_Holds = PreparedSource | StateDictSource | ConvertedSource
+_Holds = StateDictSource | ConvertedSource
 
 
 def _copy(jobs: Iterable[Job], source: WeightSource, *, held: bool) -> None:

@@ -152,7 +152,9 @@ class Loan:
 
     def moved(self, source: WeightSource) -> set[str]:
         """Names of lent tensors whose values are elsewhere now, or are seen otherwise."""
-        mark = source.mark if isinstance(source, PreparedSource) else None
+        # what is lent is not quantised
+        given = source.given if isinstance(source, QuantizedSource) else source
+        mark = given.mark if isinstance(given, PreparedSource) else None
         if not self._seen or (mark is not None and mark == self._mark):
             return set()
         moved = {

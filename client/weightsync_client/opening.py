@@ -31,6 +31,7 @@ def open_for(attempt: Attempt, pushed: Pushed, wanted: int | None) -> tuple[Sess
         session, declaration = held.session, pushed.declaration
         if session is None or session.declaration != declaration:
             return ""
+        session.declaration = declaration  # which the next push knows to be the same at a glance
         if moved := session.slots.moved(pushed.source):
             # what is registered is not what the trainer has now (WS-9)
             held.moved |= moved
@@ -94,7 +95,7 @@ def _share_scales(attempt: Attempt, pushed: Pushed) -> None:
     deadlines = attempt.settings.deadlines
     merged = attempt.meet(
         "scales", quantized.findings, merge, kind=Findings, result=dict[str, bytes],
-        work_s=deadlines.for_bytes(deadlines.write_s, quantized.cut_nbytes),
-        decide_s=deadlines.for_bytes(deadlines.grace_s, quantized.cut_nbytes),
+        work_s=deadlines.for_bytes(deadlines.write_s, quantized.form.cut_nbytes),
+        decide_s=deadlines.for_bytes(deadlines.grace_s, quantized.form.cut_nbytes),
     )  # fmt: skip
     quantized.learn(merged)

@@ -21,7 +21,7 @@ class Pushed:
         model: See :meth:`weightsync_client.publisher.Publisher.push`.
         conversion: What makes checkpoint tensors of it.
         quantization: What of those is published as fp8.
-        structures: Of earlier pushes with the same conversion; None: nothing is kept.
+        structures: Of earlier pushes with the same conversion; None: there was none.
     """
 
     def __init__(
@@ -34,31 +34,31 @@ class Pushed:
         self._model = model
         self._conversion = conversion
         self._quantization = quantization
-        # scales are told in a push: what was learned of them must not be looked at again
-        self._structures = structures if quantization is None else None
+        self._structures = Structures() if structures is None else structures
 
     @cached_property
     def given(self) -> WeightSource:
         """Where the checkpoint's values are.  Errors are :func:`as_source`'s."""
-        if self._structures is not None:
-            prepared = self._structures.prepared(self._model)
-            if prepared is not None:
-                return prepared
-        return as_source(self._model, self._conversion)
+        prepared = self._structures.prepared(self._model)
+        return as_source(self._model, self._conversion) if prepared is None else prepared
 
     def look_again(self) -> None:
         """For a rendezvous: the weights themselves are looked at, whatever is known of them."""
-        if self._structures is not None and isinstance(self.given, PreparedSource):
-            self._structures.forget()
-            for made in ("given", "quantized", "declaration"):
-                self.__dict__.pop(made, None)
+        if not isinstance(self.given, PreparedSource):
+            return
+        self._structures.forget()
+        for made in ("given", "declaration"):
+            self.__dict__.pop(made, None)
+        if self.quantized is not None:  # it stays: the ranks may have told each other scales
+            self.quantized.given = self.given
 
     @cached_property
     def quantized(self) -> QuantizedSource | None:
         """Where the published values come from, if some are quantised."""
         if self._quantization is None:
             return None
-        return QuantizedSource(self.given, self._quantization)
+        form = self._structures.quantized(self.given, self._quantization)
+        return QuantizedSource(self.given, form)
 
     @property
     def source(self) -> WeightSource:
@@ -68,13 +68,13 @@ class Pushed:
     @cached_property
     def declaration(self) -> Declaration:
         """What this rank has."""
-        source = self.source
-        if isinstance(source, PreparedSource):
-            return source.declaration
-        declaration = Declaration.of(source)
-        if self._structures is not None:
-            self._structures.learn(self._model, source, declaration)
-        return declaration
+        given = self.given
+        if isinstance(given, PreparedSource):
+            declaration = given.declaration
+        else:
+            declaration = Declaration.of(given)
+            self._structures.learn(self._model, given, declaration)
+        return declaration if self.quantized is None else self.quantized.form.declaration
 
     @property
     def device(self) -> torch.device:

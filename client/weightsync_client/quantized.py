@@ -10,17 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from weightsync.errors import InputError, ManifestError
+from weightsync.errors import InputError
 from weightsync.geometry import Box
 from weightsync.manifest import TensorSpec
 from weightsync.quantize import (
-    BLOCK,
     block_amax,
     quantize,
     quantize_with_scales,
@@ -29,21 +28,11 @@ from weightsync.quantize import (
 )
 from weightsync_client.borders import Border, Findings, cut_blocks, grid_of
 from weightsync_client.quantization import QuantizationSpec
+from weightsync_client.quantized_form import BoxForm, Key, QuantizedForm
 from weightsync_client.source import WeightSource
 
 #: bytes of fp8 that one launch makes on a GPU, and that are kept for each form of box
 BATCH_NBYTES = 64 << 20
-
-#: a box: its tensor's name and its place among that tensor's boxes
-Key = tuple[str, int]
-
-
-class _Form(NamedTuple):
-    """What boxes of one launch have in common; ``cut``: some blocks are not all in the box."""
-
-    shape: tuple[int, ...]
-    lead: tuple[int, int]
-    cut: bool
 
 
 class QuantizedSource:
@@ -51,93 +40,39 @@ class QuantizedSource:
 
     ``local`` quantises when it is asked, on a GPU what looks alike in one launch.  Memory beside
     the slots: the last such batch of every form of box (64 MiB each; one box on a CPU), and the
-    scales, 4 bytes for 16384 values.  A block's scale is declared by who has its first value.
+    scales, 4 bytes for 16384 values.
 
     Args:
         source: Its values must not change until the push is over.
-        spec: Selects.
+        what: Of it is quantised; a form is one of a source that declares what this one does.
 
     Attributes:
-        given: The other source.
-        chosen: Its tensors that are quantised, by name.
+        given: The other source; another one of the same values may take its place.
+        form: What is quantised.
+        chosen: The other source's tensors that are quantised, by name.
 
     Raises:
         ManifestError: The source has a tensor of the name that a scale would get.
     """
 
-    def __init__(self, source: WeightSource, spec: QuantizationSpec) -> None:
+    def __init__(self, source: WeightSource, what: QuantizationSpec | QuantizedForm) -> None:
         self.given = source
-        self._spec = spec
-        self._given = tuple(source.manifest())
-        chosen = spec.select(self._given)
-        self.chosen = {t.name: t for t in self._given if t.name in chosen}
-        self._keys: dict[_Form, list[Key]] = {}
-        self._places: dict[Key, tuple[_Form, int]] = {}
-        self._boxes: dict[Key, Box] = {}
-        self._parts: dict[str, list[tuple[Key, tuple[slice, slice]]]] = {}
+        if isinstance(what, QuantizationSpec):
+            what = QuantizedForm(source.manifest(), source.holdings(), what)
+        self.form = what
+        self.chosen = what.chosen
         self._merged: Mapping[str, bytes] = {}
         self._amax: dict[Key, npt.NDArray[np.float32]] = {}
         self._scales: dict[Key, torch.Tensor] = {}
-        self._batches: dict[_Form, dict[Key, torch.Tensor]] = {}
-        self._tensors: list[TensorSpec] = []
-        self._holdings = dict(source.holdings())
-        if taken := sorted(
-            {f"{name}_scale_inv" for name in chosen} & {t.name for t in self._given}
-        ):
-            raise ManifestError(
-                f"{taken[0]!r} is there already, and its weight would be quantised",
-                hint="exclude that weight, or push without the scales",
-                tensor=taken[0],
-            )
-        for t in self._given:
-            self._declare(t)
-
-    def _declare(self, tensor: TensorSpec) -> None:
-        name, alias = tensor.name, tensor.alias_of
-        if name not in self.chosen:
-            self._tensors.append(
-                TensorSpec(name, tensor.dtype, tensor.shape, "" if alias in self.chosen else alias)
-            )
-            return
-        alias = alias if alias in self.chosen else ""
-        grid = tuple(-(-n // BLOCK) for n in tensor.shape)
-        scales = f"{name}_scale_inv"
-        self._tensors += [
-            TensorSpec(name, "float8_e4m3fn", tensor.shape, alias),
-            TensorSpec(scales, "float32", grid, f"{alias}_scale_inv" if alias else ""),
-        ]
-        parts = self._parts[scales] = []
-        owned = []
-        for index, box in enumerate(self._holdings.get(name, ())):
-            key = name, index
-            form = _Form(box.shape, _lead(box), bool(cut_blocks(tensor.shape, box).any()))
-            of_form = self._keys.setdefault(form, [])
-            self._boxes[key], self._places[key] = box, (form, len(of_form))
-            of_form.append(key)
-            mine = _owned(box)
-            if mine.numel:
-                first = tuple(s.start for s in touched_blocks(box.shape, box.lo))
-                rows, cols = (
-                    slice(a - start, b - start)
-                    for a, b, start in zip(mine.lo, mine.hi, first, strict=True)
-                )
-                parts.append((key, (rows, cols)))
-                owned.append(mine)
-        self._holdings[scales] = tuple(owned)
+        self._batches: dict[BoxForm, dict[Key, torch.Tensor]] = {}
 
     def manifest(self) -> Sequence[TensorSpec]:
         """The other source's tensors; behind each that is quantised, its scales."""
-        return self._tensors
+        return self.form.declaration.tensors
 
     def holdings(self) -> Mapping[str, tuple[Box, ...]]:
         """Boxes of values as the other source has them, and of scales."""
-        return self._holdings
-
-    @property
-    def cut_nbytes(self) -> int:
-        """Values that :meth:`findings` reads, as bytes of bfloat16."""
-        cut = (box for key, box in self._boxes.items() if self._places[key][0].cut)
-        return 2 * sum(box.numel for box in cut)
+        return self.form.holdings
 
     def local(self, name: str, box_index: int) -> torch.Tensor:
         """The values of one box.  What was not asked for lately is quantised anew.
@@ -147,9 +82,9 @@ class QuantizedSource:
         """
         if name in self.chosen:
             return self._fp8((name, box_index))
-        if name not in self._parts:
+        if name not in self.form.parts:
             return self.given.local(name, box_index)
-        key, part = self._parts[name][box_index]
+        key, part = self.form.parts[name][box_index]
         self._know_cut_scales()
         if key not in self._scales:
             self._fp8(key)
@@ -163,18 +98,18 @@ class QuantizedSource:
         self._amax, self._scales, self._batches = {}, {}, {}
         queued = [
             (batch, block_amax(values, form.lead))
-            for form, keys in self._keys.items()
+            for form, keys in self.form.keys.items()
             if form.cut
             for batch, values in self._alike(keys)
         ]
         borders = []
         for batch, amax in queued:  # all were launched before the first is waited for
             for key, found in zip(batch, amax.cpu().numpy(), strict=True):
-                shape, box = self.chosen[key[0]].shape, self._boxes[key]
+                shape, box = self.chosen[key[0]].shape, self.form.boxes[key]
                 self._amax[key] = found
                 cut = found[cut_blocks(shape, box)]
                 borders.append(Border(key[0], (shape[0], shape[1]), box, cut.tobytes()))
-        return Findings(borders, self._spec.unmatched(self._given))
+        return Findings(borders, self.form.unmatched)
 
     def learn(self, merged: Mapping[str, bytes]) -> None:
         """Take in what :func:`merge` has made of all ranks' findings."""
@@ -186,7 +121,7 @@ class QuantizedSource:
             return
         by_device: dict[torch.device, list[Key]] = {}
         for key, amax in self._amax.items():
-            shape, box = self.chosen[key[0]].shape, self._boxes[key]
+            shape, box = self.chosen[key[0]].shape, self.form.boxes[key]
             cut = cut_blocks(shape, box)
             whole = grid_of(self._merged[key[0]], shape)
             amax[cut] = whole[touched_blocks(box.shape, box.lo)][cut]
@@ -205,11 +140,11 @@ class QuantizedSource:
         """What a tensor is; None: the other source's own."""
         if name in self.chosen:
             return "values"
-        return "scales" if name in self._parts else None
+        return "scales" if name in self.form.parts else None
 
     def cuts(self, key: Key) -> bool:
         """Whether some block of a box is cut by its border."""
-        return self._places[key][0].cut
+        return self.form.places[key][0].cut
 
     def values(self, key: Key) -> torch.Tensor:
         """What a box is quantised from.
@@ -217,7 +152,7 @@ class QuantizedSource:
         Raises:
             InputError: It has not the shape that the other source declared.
         """
-        values, shape = self.given.local(*key), self._boxes[key].shape
+        values, shape = self.given.local(*key), self.form.boxes[key].shape
         if values.shape != shape:
             raise InputError(
                 f"{key[0]!r} has shape {tuple(values.shape)}, declared was {shape}",
@@ -232,13 +167,13 @@ class QuantizedSource:
 
     @torch.no_grad()
     def _fp8(self, key: Key) -> torch.Tensor:
-        form, place = self._places[key]
+        form, place = self.form.places[key]
         batch = self._batches.get(form, {})
         if key in batch:
             return batch[key]
         self._know_cut_scales()
         self._batches.pop(form, None)  # its memory is free for the next
-        keys, values = next(self._alike(self._keys[form], place))
+        keys, values = next(self._alike(self.form.keys[form], place))
         if form.cut:
             scales = torch.stack([self._scales[k] for k in keys])
             weight = quantize_with_scales(values, form.lead, scales)
@@ -272,12 +207,3 @@ class QuantizedSource:
                 batch, values, nbytes = [], [], 0
         if batch:
             yield batch, values
-
-
-def _lead(box: Box) -> tuple[int, int]:
-    return box.lo[0] % BLOCK, box.lo[1] % BLOCK
-
-
-def _owned(box: Box) -> Box:
-    """The blocks whose first value is in a box: shards of a tensor share its blocks out."""
-    return Box(tuple(-(-n // BLOCK) for n in box.lo), tuple(-(-n // BLOCK) for n in box.hi))

@@ -21,6 +21,8 @@ from weightsync_client.converted import ConvertedSource
 from weightsync_client.declaration import Declaration
 from weightsync_client.held import LocalShard, is_dtensor
 from weightsync_client.modules import take_apart
+from weightsync_client.quantization import QuantizationSpec
+from weightsync_client.quantized_form import QuantizedForm
 from weightsync_client.source import StateDictSource, Weights, WeightSource, unwrapped
 
 _PLAIN = {torch.Tensor, nn.Parameter, nn.Buffer}
@@ -109,10 +111,11 @@ class PreparedSource:
 
 
 class Structures:
-    """The structure that was pushed last."""
+    """The structure that was pushed last, and what of it is quantised."""
 
     def __init__(self) -> None:
         self._known: Structure | None = None
+        self._quantized: tuple[Structure, QuantizationSpec, QuantizedForm] | None = None
 
     def forget(self) -> None:
         """The next model is looked at."""
@@ -130,6 +133,19 @@ class Structures:
         if found.at != known.at and _sharing(found.bases) != known.sharing:
             return None
         return PreparedSource(known, found.bases, found.at)
+
+    def quantized(self, source: WeightSource, spec: QuantizationSpec) -> QuantizedForm:
+        """What of a source is quantised; of a known structure that is known, too.
+
+        Raises:
+            ManifestError: See :class:`weightsync_client.quantized_form.QuantizedForm`.
+        """
+        structure = source.structure if isinstance(source, PreparedSource) else None
+        if self._quantized is not None and self._quantized[:2] == (structure, spec):
+            return self._quantized[2]
+        made = QuantizedForm(source.manifest(), source.holdings(), spec)
+        self._quantized = None if structure is None else (structure, spec, made)
+        return made
 
     def learn(self, model: Weights, source: WeightSource, declaration: Declaration) -> None:
         """Keep what was made of a model, if all of it are views of the model's tensors."""

@@ -118,10 +118,15 @@ def test_a_scale_that_is_there_already_is_refused(weights: dict[str, torch.Tenso
 def test_the_engine_gets_what_a_checkpoint_of_fp8_has(
     ranks: int, rounds: bool, agent: Agent, make_job, weights: dict[str, torch.Tensor]
 ) -> None:
-    """With and without a bound on the slots; the second push has other amaxes."""
+    """With and without a bound on the slots; every push has other amaxes.
+
+    The third one's rendezvous comes after the ranks have told each other of cut blocks.
+    """
     options = {"max_slot_bytes": 4 * ALIGN_NBYTES} if rounds else {}
     job = make_job(agent, ranks=ranks, quantization=QuantizationSpec(), **options)
-    for _ in range(2):
+    for push in range(4):
+        for publisher in job.publishers if push == 2 else ():
+            publisher._held.end_session()
         cut = {name: rows(tensor, ranks) for name, tensor in weights.items()}
         report = same_report(
             job.push([{name: parts[r] for name, parts in cut.items()} for r in range(ranks)])
@@ -130,7 +135,32 @@ def test_the_engine_gets_what_a_checkpoint_of_fp8_has(
         assert arrived(agent, as_fp8(weights))
         for tensor in weights.values():
             tensor.mul_(torch.rand(tensor.shape) * 3)
+    assert agent.calls.count("/init_transfer") == 2
+
+
+def test_weights_of_a_known_form_are_quantised_as_they_are_now(
+    agent: Agent, make_publisher: Make
+) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(130, 140), "norm": nn.LayerNorm(8)}).bfloat16()
+    publisher = make_publisher(agent, quantization=QuantizationSpec(), zero_copy_bytes=0)
+    declared = []
+    for push in range(5):
+        if push == 3:  # elsewhere, and as a parameter of its own
+            model["a"].weight.data = torch.randn(140, 130).bfloat16()
+            model["norm"].weight = nn.Parameter(torch.randn(8).bfloat16())
+        publisher.push(model)
+        state = model.state_dict()
+        assert arrived(agent, {**state, **as_fp8({"a.weight": state["a.weight"]})})
+        declared.append(publisher._held.session.declaration)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(torch.rand(parameter.shape) * 3)
+    assert declared[2] is declared[3] is declared[4]
     assert agent.calls.count("/init_transfer") == 1
+    model["a"].weight.data = torch.randn(130, 140).bfloat16().T  # of another form
+    publisher.push(model)
+    assert arrived(agent, as_fp8({"a.weight": model["a"].weight.detach()}))
 
 
 def test_what_is_not_quantised_is_written_from_where_it_is(
