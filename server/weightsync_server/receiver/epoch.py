@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 
+import torch
+
 from weightsync import digest
 from weightsync.coverage import check_writes
 from weightsync.errors import DeadlineError, NoSessionError, PlanError, StaleEpochError, VerifyError
@@ -86,6 +88,9 @@ class Epoch:
         self._modes = [r.mode for r in target.layout.regions]
         self._writes: dict[int, list[tuple[int, int, int]]] = {}
         self._peers: dict[int, str] = {}
+        self._known_scans: dict[
+            tuple[int, frozenset[str], bool], list[tuple[list[int], digest.Scan]]
+        ] = {}
         self._seen: set[tuple[str, bytes]] = set()
         self._begun = 0
         self.transport = new_transport()
@@ -124,8 +129,10 @@ class Epoch:
         check_writes(self.target.layout, writes)
         peers = {r.rank: self.transport.add_peer(r.metadata) for r in ranks if r.writes}
         self._peers, self._writes = peers, {rank: writes[rank] for rank in peers}
+        self._known_scans = {}
         # compile the kernel now, not while the engine stands still at the first commit
-        self._digests([w[0] for w in self._writes.values()], shadow=True)
+        for of_rank in self._writes.values():
+            digest.digests([self.target.piece(*of_rank[0])])
 
     @property
     def exposed(self) -> bool:
@@ -263,7 +270,8 @@ class Epoch:
         sent = {r.rank: r.digests for r in ranks}
         found = {}
         for rank, writes in self._writes.items():
-            if not any(self._modes[w[0]] in modes for w in writes):
+            scans = self._scans(rank, frozenset(modes), shadow)
+            if not scans:
                 continue
             want = sent.get(rank, [])
             if len(want) != len(writes):
@@ -271,26 +279,35 @@ class Epoch:
                     f"rank {rank} sent {len(want)} digests for {len(writes)} writes",
                     hint="trainer and agent must have the same version",
                 )
-            here = [(w, d) for w, d in zip(writes, want, strict=True) if self._modes[w[0]] in modes]
-            got = self._digests([w for w, _ in here], shadow=shadow, meanwhile=meanwhile)
-            found[rank] = [w for (w, a), b in zip(here, got, strict=True) if a != b]
+            bad = [
+                k
+                for at, scan in scans
+                for k, got in zip(at, scan.run(meanwhile)[0], strict=True)
+                if got != want[k]
+            ]
+            found[rank] = [writes[k] for k in sorted(bad)]
         return found
 
-    def _digests(
-        self,
-        writes: list[tuple[int, int, int]],
-        *,
-        shadow: bool,
-        meanwhile: Callable[[], object] = lambda: None,
-    ) -> list[bytes]:
-        """One a write.  Buffers may lie in host memory while the live tensors are on a GPU."""
-        pieces = [self.target.piece(*w, shadow=shadow) for w in writes]
-        made: dict[int, bytes] = {}
-        for device in {p.device for p in pieces}:
-            of_device = [k for k, p in enumerate(pieces) if p.device == device]
-            here = digest.digests([pieces[k] for k in of_device], meanwhile)
-            made |= zip(of_device, here, strict=True)
-        return [made[k] for k in range(len(pieces))]
+    def _scans(
+        self, rank: int, modes: frozenset[str], shadow: bool
+    ) -> list[tuple[list[int], digest.Scan]]:
+        """What digests a rank's writes to regions of these modes: of which writes, one a device.
+
+        Made once: the engine stands still when they are compared.  Buffers may lie in host memory
+        while the live tensors are on a GPU.
+        """
+        made = self._known_scans.get((rank, modes, shadow))
+        if made is None:
+            by_device: dict[torch.device, tuple[list[int], list[torch.Tensor]]] = {}
+            for k, write in enumerate(self._writes[rank]):
+                if self._modes[write[0]] in modes:
+                    piece = self.target.piece(*write, shadow=shadow)
+                    at, pieces = by_device.setdefault(piece.device, ([], []))
+                    at.append(k)
+                    pieces.append(piece)
+            made = [(at, digest.Scan(pieces, None)) for at, pieces in by_device.values()]
+            self._known_scans[rank, modes, shadow] = made
+        return made
 
     def _check_digests(
         self, ranks: list[RankDigestsBody], modes: Collection[str], meanwhile: _Once
@@ -315,4 +332,5 @@ class Epoch:
 
     def close(self) -> None:
         """Drop peers, registrations, staging."""
+        self._known_scans.clear()  # no view outlives the memory
         self.transport.close()

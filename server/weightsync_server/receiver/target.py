@@ -108,7 +108,6 @@ class Target:
         self.staged = {n for n in self.memory if proofs.mode(n) != "direct"}
         self.landing = dict(self.memory)
         self._flat: dict[tuple[int, bool], torch.Tensor] = {}
-        self._pieces: dict[tuple[int, int, int, bool], torch.Tensor] = {}
         self._slab: LocalMemory | None = None
         if shadow_of is not None:
             shadow = shadow_of({n: t for n, t in self.memory.items() if n not in self.staged})
@@ -234,16 +233,12 @@ class Target:
 
     def piece(self, region: int, offset: int, nbytes: int, *, shadow: bool = True) -> torch.Tensor:
         """Bytes of a region, as flat uint8 in place; not ``shadow``: of what serves instead."""
-        # made once: the engine stands still when they are compared, with the same ones each time
-        piece = self._pieces.get((region, offset, nbytes, shadow))
-        if piece is None:
-            flat = self._flat.get((region, shadow))
-            if flat is None:
-                name = self.layout.regions[region].name
-                flat = flat_bytes(self.landing[name] if shadow else self.memory[name])
-                self._flat[region, shadow] = flat
-            piece = self._pieces[region, offset, nbytes, shadow] = flat[offset : offset + nbytes]
-        return piece
+        flat = self._flat.get((region, shadow))
+        if flat is None:
+            name = self.layout.regions[region].name
+            flat = flat_bytes(self.landing[name] if shadow else self.memory[name])
+            self._flat[region, shadow] = flat
+        return flat[offset : offset + nbytes]
 
     def rebuild(self, manifest: Manifest) -> dict[str, torch.Tensor]:
         """Checkpoint tensors, flat on the CPU, from the regions: parts that land nowhere are 0.
