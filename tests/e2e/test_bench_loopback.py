@@ -55,12 +55,14 @@ def left_behind(folder: Path) -> list[str]:
 def test_json_has_every_phase_and_ratio_computed_from_the_medians(environ, tmp_path: Path) -> None:
     in_memory = set(Path("/dev/shm").glob("weightsync-bench-*"))
     done = bench(
-        environ, "loopback", "--nbytes", "4000000", "--rounds", "3", "--small-pushes", "4", "--json"
-    )
+        environ, "loopback", "--nbytes", "4000000", "--rounds", "3", "--sets", "2",
+        "--small-pushes", "4", "--json",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert done.stdout.count("\n") == 1
     assert (said["bench"], said["rounds"], said["failed"]) == ("loopback", 3, {})
+    assert said["sets"] == 2
     assert said["engine"].startswith("torch ")
     assert said["nbytes"] > 3_000_000
     seconds = said["seconds"]

@@ -50,6 +50,9 @@ def loopback(
     nbytes: Nbytes = _LOOPBACK.nbytes,
     rounds: Rounds = _LOOPBACK.rounds,
     warmup: Warmup = _LOOPBACK.warmup,
+    sets: Annotated[
+        int, typer.Option(help="Sets of processes, started anew, that share the rounds out.")
+    ] = _LOOPBACK.sets,
     timeout: Timeout = _LOOPBACK.timeout_s,
     small_pushes: Annotated[
         int, typer.Option(help="Pushes of many small tensors, for what Python costs; 0: none.")
@@ -68,8 +71,8 @@ def loopback(
     with _told(as_json or as_markdown) as told, _failing("loopback", as_json=as_json):
         _check_plot(plot)
         options = _options(
-            LoopbackOptions, nbytes=nbytes, rounds=rounds, warmup=warmup, timeout_s=timeout,
-            small_pushes=small_pushes,
+            LoopbackOptions, nbytes=nbytes, rounds=rounds, warmup=warmup, sets=sets,
+            timeout_s=timeout, small_pushes=small_pushes,
         )  # fmt: skip
         with _folder() as folder:
             figures = run_loopback(options, folder, shared_environ(os.environ), told)

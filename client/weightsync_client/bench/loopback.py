@@ -39,11 +39,14 @@ class LoopbackOptions(BaseModel):
 
     nbytes: Annotated[int, Field(ge=1_000_000, le=64_000_000_000)] = 256_000_000
     """Bytes of the model, about: it has whole layers."""
-    rounds: Annotated[int, Field(ge=1, le=1000)] = 15
+    rounds: Annotated[int, Field(ge=1, le=1000)] = 20
     """Rounds that count; every case runs once in each."""
     warmup: Annotated[int, Field(ge=1, le=100)] = 2
-    """Rounds before them.  The first push makes the rendezvous."""
-    timeout_s: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] = 300.0
+    """Rounds before those of each set.  The first push makes the rendezvous."""
+    sets: Annotated[int, Field(ge=1, le=100)] = 5
+    """Sets of processes that share the rounds out: two that write to each other keep the rate that
+    the places of their pages gave them."""
+    timeout_s: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] = 600.0
     """Seconds for the whole benchmark (WS-6)."""
     small_pushes: Annotated[int, Field(ge=0, le=1000)] = 40
     """Pushes of as many tensors as an 8B model has, all small, for what Python costs; 0: none."""
@@ -108,22 +111,35 @@ class _Loopback:
 
     def run(self) -> Figures:
         options, figures = self._options, self._figures
+        sets = min(options.sets, options.rounds)
+        figures.facts = {"rounds": options.rounds, "warmup": options.warmup, "sets": sets}
+        for number in range(sets):
+            rounds = len(range(number, options.rounds, sets))
+            self._set(number + 1, rounds, last=number + 1 == sets)
+        write_s, cpu_s = figures.median("write"), figures.median("trainer_cpu_write")
+        if write_s and cpu_s is not None:
+            figures.facts["cpu"] = {"write_cpu_s_per_s": cpu_s / write_s}
+        if options.small_pushes:
+            self._told("many small tensors")
+            self._works("python", self._python)
+        judge(figures)
+        return figures
+
+    def _set(self, number: int, rounds: int, *, last: bool) -> None:
+        """So many rounds of a set of processes; the last set does what is measured once, too."""
+        options, figures = self._options, self._figures
         model, config = self._folder / "v0", models.dense(options.nbytes)
         config_file = models.write_config(self._folder / "config", config)
-        self._told("making a model, and starting an engine on it")
+        self._told(f"set {number}: making a model, and starting an engine on it")
         trainer = self._start("trainer", "weightsync_client.bench.trainer", str(config_file), "cpu")
         baselines = Baselines(self._processes, self._deadline, "cpu")
-        made = trainer.ask("make", timeout_s=_START_S, checkpoint=str(model))
+        facts = {} if model.exists() else {"checkpoint": str(model)}
+        made = trainer.ask("make", timeout_s=_START_S, **facts)
         nbytes = int(made["nbytes"])
         kind = DemoOptions(engine="torch")
-        engine = Engine("bench", kind, model, self._processes, self._deadline)
+        engine = Engine(f"bench {number}", kind, model, self._processes, self._deadline)
         reload = self._start("reload", "weightsync_server.engines.torch_reload", str(model))
-        figures.facts = {
-            "nbytes": nbytes,
-            "tensors": len(made["shapes"]),
-            "rounds": options.rounds,
-            "warmup": options.warmup,
-        }
+        figures.facts |= {"nbytes": nbytes, "tensors": len(made["shapes"])}
         figures.facts["engine"] = engine.wait_ready()
         cases: dict[str, Case] = {"push": lambda: push_seconds(trainer, engine)}
         if self._works("raw_nixl_write", lambda: baselines.open_raw(nbytes)):
@@ -138,35 +154,28 @@ class _Loopback:
         run_rounds(
             figures,
             cases,
-            rounds=options.rounds,
+            rounds=rounds,
             warmup=options.warmup,
             nbytes=dict.fromkeys(BYTES_MOVED, nbytes),
             essential=("push",),
             told=self._told,
         )
-        if "raw_nixl_write" not in figures.failed:
+        if last and "raw_nixl_write" not in figures.failed:
             self._told("writes in pieces of several sizes")
             self._works("descriptors", lambda: self._sweep(baselines))
-        if figures.descriptors:
+        if last and figures.descriptors:
             figures.notes.append("The raw writes in pieces wait as a push does, without a spin.")
             self._works("prediction", lambda: self._predict(trainer))
-        figures.notes.append(
-            "The file of the safetensors baseline lies in memory: no disk slows it."
-            if self._scratch != self._folder
-            else f"The file of the safetensors baseline lies in {self._scratch.parent}."
-        )
+        if last:
+            figures.notes.append(
+                "The file of the safetensors baseline lies in memory: no disk slows it."
+                if self._scratch != self._folder
+                else f"The file of the safetensors baseline lies in {self._scratch.parent}."
+            )
         for part in (trainer, reload):
             part.finish()
         baselines.finish()
         engine.stop()
-        write_s, cpu_s = figures.median("write"), figures.median("trainer_cpu_write")
-        if write_s and cpu_s is not None:
-            figures.facts["cpu"] = {"write_cpu_s_per_s": cpu_s / write_s}
-        if options.small_pushes:
-            self._told("many small tensors")
-            self._works("python", self._python)
-        judge(figures)
-        return figures
 
     def _start(self, name: str, module: str, *arguments: str) -> Part:
         command = [sys.executable, "-m", module, *arguments]

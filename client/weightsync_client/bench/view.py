@@ -81,7 +81,9 @@ def _where(answer: Mapping[str, Any]) -> str:
     if answer.get("nbytes"):
         said.append(f"{human_bytes(answer['nbytes'])} in {answer['tensors']} checkpoint tensors")
     rounds, warmup = answer["rounds"], answer["warmup"]
-    said.append(f"medians of {rounds} rounds after {warmup} of warm-up, all cases in turn")
+    sets = answer.get("sets", 1)
+    of = f"in {sets} sets of processes, each " if sets > 1 else ""
+    said.append(f"medians of {rounds} rounds {of}after {warmup} of warm-up, all cases in turn")
     return "; ".join(said) + "."
 
 
