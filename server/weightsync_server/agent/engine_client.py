@@ -295,6 +295,7 @@ class EngineClient:
         body: object,
         bodies: Mapping[str, object] | None,
     ) -> bytes:
+        deflate = op in _BULKY  # digests cannot be made shorter, and engines stand still meanwhile
         return (
             WorkerCommand(
                 call_id=call_id,
@@ -303,8 +304,8 @@ class EngineClient:
                 # the worker's own deadline says more (which rank, which tensor): let it come first
                 timeout_s=max(0.8 * timeout_s, timeout_s - _MARGIN_S),
                 engine=self.number,
-                body="" if body is None else pack(body),
-                bodies={place: pack(b) for place, b in (bodies or {}).items()},
+                body="" if body is None else pack(body, deflate=deflate),
+                bodies={p: pack(b, deflate=deflate) for p, b in (bodies or {}).items()},
                 turn=self._turn if op in _IN_PAUSE else None,
             )
             .model_dump_json()
