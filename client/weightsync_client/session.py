@@ -282,8 +282,9 @@ class Session:
         deadline = started + timeout_s
         failed: dict[str, WeightSyncError] = {}
         whom = list(self.members if agents is None else agents)
+        refills = self.rounds > 2 and source is not None
         # Its end waits for the fill, whatever else went wrong: nobody frees slots that are filled.
-        with ThreadPoolExecutor(1, "weightsync-fill") as aside:
+        with ThreadPoolExecutor(1, "weightsync-fill") if refills else nullcontext() as aside:
             for k in steps or range(2 if self.split else self.rounds):
                 if time.monotonic() > deadline:
                     raise DeadlineError(
@@ -293,7 +294,7 @@ class Session:
                 # Round 1 is there; each later one takes the slots of the round that has just
                 # completed (WS-3), and is filled while this one is posted: that may block.
                 filled = None
-                if 1 <= k < self.rounds - 1 and source is not None:
+                if 1 <= k < self.rounds - 1 and aside is not None and source is not None:
                     filled = aside.submit(self.slots.refill, source, k + 1)
                 to = [u for u in whom if u not in failed]
                 now_failed = self._peers.write(k, version, to, deadline, strict=strict)
