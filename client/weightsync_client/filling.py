@@ -96,6 +96,8 @@ class Round:
     def __init__(self, jobs: Sequence[Job]) -> None:
         self.jobs = jobs
         self._straight: _Straight | None = None
+        #: by what a source that quantises makes of their tensors
+        self._kinds: dict[str | None, list[Job]] = {None: [], "values": [], "scales": []}
         self._known: _Known | None = None
 
     def fill(self, source: WeightSource) -> None:
@@ -111,17 +113,18 @@ class Round:
         if not isinstance(source, QuantizedSource):
             self._copy_given(self.jobs, source)
             return
-        kinds: dict[str | None, list[Job]] = {None: [], "values": [], "scales": []}
-        for job in self.jobs:
-            kinds[source.makes(job.name)].append(job)
-        # what is only copied keeps a GPU busy until the rest is looked at
-        self._copy_given(kinds[None], source.given)
         if self._straight is None:
-            straight = [j for j in kinds["values"] if j.blocks and not source.cuts((j.name, j.box))]
+            for job in self.jobs:
+                self._kinds[source.makes(job.name)].append(job)
+            values = self._kinds["values"]
+            straight = [j for j in values if j.blocks and not source.cuts((j.name, j.box))]
             self._straight = _Straight(straight)
+        # first: it keeps a GPU busy until the rest is looked at
         done = self._straight.fill(source)
-        _copy([j for j in kinds["values"] if (j.name, j.box) not in done], source, held=False)
-        _copy(kinds["scales"], source, held=True)
+        self._copy_given(self._kinds[None], source.given)
+        rest = [j for j in self._kinds["values"] if (j.name, j.box) not in done]
+        _copy(rest, source, held=False)
+        _copy(self._kinds["scales"], source, held=True)
 
     def _copy_given(self, jobs: Sequence[Job], source: WeightSource) -> None:
         """Do those jobs that take values as they are."""
@@ -176,17 +179,18 @@ class _Straight:
         for job in jobs:
             grid = [-(-n // BLOCK) for n in job.shape or ()]
             self._scales[job.name, job.box] = torch.empty(grid, device=job.blocks[0].slot.device)
-        self._seen: list[tuple[int, torch.dtype, tuple[int, ...]]] = []
+        self._seen: Sequence[tuple[object, ...]] = ()
         self._launches: list[Prepared] | None = None
 
     def fill(self, source: QuantizedSource) -> Collection[Key]:
         """Quantise, if all matrices are on the slots' device; the boxes that it did."""
-        values = [source.values(key) for key in self._keys]
-        here = [scales.device for scales in self._scales.values()]
-        if [t.device for t in values] != here:
-            return ()
-        seen = [(t.data_ptr(), t.dtype, t.stride()) for t in values]
+        values = [source.given.local(*key) for key in self._keys]
+        seen = [(t.data_ptr(), t.dtype, t.device, t.shape, t.stride()) for t in values]
         if self._launches is None or seen != self._seen:
+            values = [source.values(key) for key in self._keys]
+            here = [scales.device for scales in self._scales.values()]
+            if [t.device for t in values] != here:
+                return ()
             self._launches, self._seen = self._prepare(values), seen
         for launch in self._launches or ():
             launch.run()
