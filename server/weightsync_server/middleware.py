@@ -57,11 +57,12 @@ M = TypeVar("M", bound=Message)
 
 
 class EnginePauseRequest(Message):
-    """``POST /weightsync/pause``."""
+    """``POST /weightsync/pause``.  ``reset_caches``: drop them, too, once it is paused."""
 
     mode: PauseMode = "keep"
     timeout_s: Seconds = 60.0
     turn: str | None = None
+    reset_caches: bool = False
 
 
 class EngineResumeRequest(Message):
@@ -164,6 +165,8 @@ class WeightsyncMiddleware:
         ask = _parsed(EnginePauseRequest, await _body(request))
         async with self._take(client, ask.turn, ask.timeout_s) as turn:
             await _within(compat.pause(client, ask.mode), ask.timeout_s, f"pause ({ask.mode})")
+        if ask.reset_caches:
+            await self._reset_prefix_cache(request, client)
         return {"is_paused": True, "turn": turn}
 
     async def _resume(self, request: Request, client: Any) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from weightsync.errors import EngineError, VerifyError
@@ -28,21 +26,33 @@ async def prepare(t, version: int, expect: int = 200):
     return await t.agent.post("/prepare_commit", expect=expect, **body)
 
 
-async def test_the_reset_of_the_caches_begins_with_the_pause_and_not_before(
-    agent, engine, shadowed
-):
+async def test_the_caches_are_reset_with_the_pause_and_not_before(agent, engine, shadowed):
     t = await shadowed()
     await t.begin(1, mode="shadow")
     await prepare(t, 1)
     assert "reset_prefix_cache" not in engine.client.ops
     await t.pause()
-    for _ in range(200):
-        if "reset_prefix_cache" in engine.client.ops:
-            break
-        await asyncio.sleep(0.01)
     assert engine.client.ops[-2:] == ["pause", "reset_prefix_cache"]
     await t.commit(1, ranks=[])
+    await t.resume()
+    t.push_id = "p2"
+    await t.begin(2, mode="shadow", reset_prefix_cache=False)
+    await prepare(t, 2)
+    await t.pause()
+    await t.commit(2, ranks=[])
     assert engine.client.ops.count("reset_prefix_cache") == 1
+
+
+async def test_caches_that_will_not_reset_leave_what_was_served(agent, engine, shadowed):
+    t = await shadowed()
+    await t.begin(1, mode="shadow")
+    await prepare(t, 1)
+    engine.client.fail["reset_returns_false"] = RuntimeError()
+    assert (await t.pause(expect=502))["code"] == "engine_error"
+    assert "commit" not in engine.client.ops
+    status = await agent.status()
+    assert (status["state"], status["version"]) == ("ready", 0)
+    assert not engine.client.paused
 
 
 async def push(t, version: int):

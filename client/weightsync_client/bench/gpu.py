@@ -189,8 +189,7 @@ class _Gpu:
             with self._case("slots"), self._trainer("slots", config, facts=copied) as trainer:
                 self._pushes("slots", trainer, engine)
         if "cpu" in self._options.cases:
-            facts = {"blocking_sync": True}
-            with self._case("cpu"), self._trainer("cpu", config, facts=facts) as trainer:
+            with self._case("cpu"), self._trainer("cpu", config) as trainer:
                 kept = ("trainer_cpu_thread", "trainer_cpu_process")
                 self._pushes("cpu", trainer, engine, kept, beside={})
         if "shadow" in self._options.cases:

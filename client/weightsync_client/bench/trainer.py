@@ -5,7 +5,6 @@ With torchrun's environment it is one rank of an FSDP2 job.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import statistics
 import sys
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from weightsync.digest import scan
-from weightsync.errors import InputError, NoSessionError
+from weightsync.errors import NoSessionError
 from weightsync.forecast import forecast
 from weightsync.lines import serve
 from weightsync.plan import Job
@@ -31,7 +30,6 @@ from weightsync_client.quantization import QuantizationSpec
 from weightsync_client.quantized import QuantizedSource
 from weightsync_client.source import as_source
 
-_BLOCKING_SYNC = 4
 _COPY_REPEATS = 5
 
 
@@ -69,22 +67,18 @@ class Trainer:
         self,
         checkpoint: str | None = None,
         *,
-        blocking_sync: bool = False,
         fp8: bool = False,
         mode: PushMode = "direct",
         zero_copy_bytes: int | None = None,
     ) -> dict[str, Any]:
         """Make the model with random weights; save it, if an engine shall load it.
 
-        ``blocking_sync``: this process sleeps where it waits for its GPU, so that its CPU time is
-        what it computes.  ``fp8``: it is published, and saved, as fp8 blocks.  ``mode``: of pushes.
+        ``fp8``: it is published, and saved, as fp8 blocks.  ``mode``: of pushes.
         ``zero_copy_bytes``: the publisher's.
         """
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
-        if self._device != "cpu" and blocking_sync:
-            _block_in_sync()
         mesh = None
         if "RANK" in os.environ:
             kind = self._device.partition(":")[0]
@@ -191,19 +185,6 @@ class Trainer:
     def _synchronize(self) -> None:
         if self._device != "cpu":
             torch.cuda.synchronize()
-
-
-def _block_in_sync() -> None:
-    """Must come before this process has a CUDA context.
-
-    Raises:
-        InputError: CUDA refuses.
-    """
-    # torch has loaded it: the soname finds that very copy
-    name = f"libcudart.so.{(torch.version.cuda or '13').split('.')[0]}"
-    code = ctypes.CDLL(name).cudaSetDeviceFlags(_BLOCKING_SYNC)
-    if code:
-        raise InputError(f"cudaSetDeviceFlags failed (code {code})")
 
 
 def main(argv: Sequence[str]) -> int:

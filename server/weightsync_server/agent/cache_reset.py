@@ -12,7 +12,7 @@ Reset = Callable[[], Coroutine[object, object, None]]
 
 
 class CacheReset:
-    """One push's reset: from when it has begun and the engine is paused, and before its commit.
+    """One push's reset: done before its commit, and beside its writes where the engine is paused.
 
     A drained engine makes no new blocks meanwhile.  The commit waits before it asks the workers:
     if the reset fails they still say that they are dirty, even to a new agent.  One that knows
@@ -20,21 +20,21 @@ class CacheReset:
 
     Args:
         reset: Does it.
+
+    Attributes:
+        wanted: Whether it is, and was not done otherwise.
     """
 
     def __init__(self, reset: Reset) -> None:
         self._reset = reset
         self._task: asyncio.Task[float] | None = None
-        self._wanted = True
+        self.wanted = True
 
-    def begin(self, *, wanted: bool) -> None:
-        """A push begins, and tells if it wants a reset."""
+    def begin(self, *, wanted: bool, paused: bool) -> None:
+        """A push begins; what its reset fails with, :meth:`finish` raises."""
         self.drop()
-        self._wanted = wanted
-
-    def start(self) -> None:
-        """The engine is paused for it; what the reset fails with, :meth:`finish` raises."""
-        if self._wanted and self._task is None:
+        self.wanted = wanted
+        if wanted and paused:
             self._task = asyncio.create_task(_timed(self._reset))
 
     async def finish(self, timeout_s: float) -> float | None:
@@ -46,7 +46,7 @@ class CacheReset:
         Raises:
             WeightSyncError: The caches were not dropped, or not in time.
         """
-        if not self._wanted:
+        if not self.wanted:
             return None
         task, self._task = self._task or asyncio.create_task(_timed(self._reset)), None
         try:
@@ -60,7 +60,7 @@ class CacheReset:
 
     def drop(self) -> None:
         """The push is over: nobody asks how its reset ended."""
-        task, self._task, self._wanted = self._task, None, True
+        task, self._task, self.wanted = self._task, None, True
         if task is not None:
             task.add_done_callback(lambda t: t.cancelled() or t.exception())
             task.cancel()

@@ -75,9 +75,11 @@ class Effects:
                 mode = request.mode if isinstance(request, PauseRequest) else "keep"
                 if push_id is not None:
                     self._clock.paused(push_id, mode)
-                await self._engines.pause(mode, work.left_s())
-                if state.phase == "shadowing":
-                    self._cache_reset.start()
+                # nothing but the commit comes after the pause of a push in shadow mode
+                reset = state.phase == "shadowing" and self._cache_reset.wanted
+                await self._engines.pause(mode, work.left_s(), reset_caches=reset)
+                if reset:
+                    self._cache_reset.wanted = False
                 return Paused(push_id)
             case Effect.RESUME:
                 await self._engines.resume(self._clean_up_s)
@@ -102,9 +104,7 @@ class Effects:
                 for worker in begun:
                     work.span("begin", asked, worker.at, worker.place)
                 wanted = isinstance(request, BeginRequest) and request.reset_prefix_cache
-                self._cache_reset.begin(wanted=wanted)
-                if state.phase == "receiving":
-                    self._cache_reset.start()
+                self._cache_reset.begin(wanted=wanted, paused=state.phase == "receiving")
                 return None
             case Effect.COMMIT if isinstance(event, CommitAsked):
                 if (reset_s := await self._cache_reset.finish(work.left_s())) is not None:

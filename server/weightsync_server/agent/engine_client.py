@@ -123,9 +123,13 @@ class EngineClient:
         self._turn = answer.get("turn")
         return bool(answer["is_paused"])
 
-    async def pause(self, mode: PauseMode, timeout_s: float) -> None:
-        """Stop generation; the engine is drained when this returns (WS-1)."""
-        await self._take_turn("pause", {"mode": mode, "timeout_s": timeout_s}, timeout_s)
+    async def pause(self, mode: PauseMode, timeout_s: float, *, reset_caches: bool = False) -> None:
+        """Stop generation; the engine is drained when this returns (WS-1).
+
+        ``reset_caches``: what was computed with the old weights is dropped then, too.
+        """
+        ask = {"mode": mode, "timeout_s": timeout_s, "reset_caches": reset_caches}
+        await self._take_turn("pause", ask, timeout_s)
 
     async def resume(self, timeout_s: float) -> None:
         """Start generation."""

@@ -40,9 +40,9 @@ class Engines:
             await self.pause("keep", timeout_s)
         return any(paused)
 
-    async def pause(self, mode: PauseMode, timeout_s: float) -> None:
-        """Stop generation; all engines are drained when this returns (WS-1)."""
-        await self._all(lambda client: client.pause(mode, timeout_s))
+    async def pause(self, mode: PauseMode, timeout_s: float, *, reset_caches: bool = False) -> None:
+        """As :meth:`EngineClient.pause`: all engines are drained when this returns (WS-1)."""
+        await self._all(lambda client: client.pause(mode, timeout_s, reset_caches=reset_caches))
 
     async def resume(self, timeout_s: float) -> None:
         """Start generation."""
