@@ -3,6 +3,9 @@
 Every program sums one chunk of one piece and adds its two sums to the piece's with 64-bit integer
 atomics: sums modulo 2**64 do not depend on who comes first, so the result is deterministic.
 
+A thread only adds: of the words ``w[0..K)`` that it reads it keeps the sum ``s``, and the sum ``c``
+of all that ``s`` has been.  ``sum(k * w[k])`` is ``K * s - c``: one product for all of them.
+
 The same pass tells whether a float has all bits of its exponent set.  With ``m`` the exponent's
 bits in each lane of a word and ``l`` the lowest of them, ``(word & m) + l`` carries into the bit
 above exactly in the lanes where all are set, and never into the next lane.
@@ -28,19 +31,19 @@ _NUM_WARPS = 8
 @triton.jit
 def _add_words(
     a: tl.tensor,
-    b: tl.tensor,
+    before: tl.tensor,
+    odd: tl.tensor,
     full: tl.tensor,
     word: tl.tensor,
-    index: tl.tensor,
     exponent: tl.tensor,
     lowest: tl.tensor,
     check: tl.constexpr,
 ) -> tl.tensor:
-    wide = word.to(tl.uint64, bitcast=True)
-    factor = (index + 1).to(tl.uint32).to(tl.uint64)
+    left, right = tl.split(word.to(tl.uint64, bitcast=True))
     if check:
-        full |= (wide & exponent) + lowest
-    return a + tl.sum(wide, axis=1), b + tl.sum(wide * factor, axis=1), full
+        full |= ((left & exponent) + lowest) | ((right & exponent) + lowest)
+    a += left + right
+    return a, before + a, odd + right, full
 
 
 @triton.jit
@@ -71,23 +74,28 @@ def _digest_kernel(
     words = tl.minimum(end - first, tile_words * tiles).to(tl.int32)
     skip = tl.where(first == 0, skew, 0).to(tl.int32)
     # two neighbours a row: a thread reads 16 bytes and adds them up before it keeps a sum
-    lane = 2 * tl.arange(0, tile_words // 2)[:, None] + tl.arange(0, 2)[None, :]
+    row = tl.arange(0, tile_words // 2)
+    lane = 2 * row[:, None] + tl.arange(0, 2)[None, :]
     a = tl.zeros([tile_words // 2], dtype=tl.uint64)
-    b = tl.zeros([tile_words // 2], dtype=tl.uint64)
-    full = tl.zeros([tile_words // 2, 2], dtype=tl.uint64)
+    before = tl.zeros([tile_words // 2], dtype=tl.uint64)
+    odd = tl.zeros([tile_words // 2], dtype=tl.uint64)
+    full = tl.zeros([tile_words // 2], dtype=tl.uint64)
     head = 0
     if skip > 0:
         word = tl.load(words_ptr + lane, mask=(lane >= skip) & (lane < words), other=0)
-        a, b, full = _add_words(a, b, full, word, lane, exponent, lowest, check)
+        a, before, odd, full = _add_words(a, before, odd, full, word, exponent, lowest, check)
         head += tile_words
     whole = words // tile_words * tile_words
     for start in range(head, whole, tile_words):
         index = start + lane
         word = tl.load(tl.multiple_of(words_ptr + index, [1, 16]))
-        a, b, full = _add_words(a, b, full, word, index, exponent, lowest, check)
-    index = tl.maximum(whole, head) + lane
+        a, before, odd, full = _add_words(a, before, odd, full, word, exponent, lowest, check)
+    rest_at = tl.maximum(whole, head)
+    index = rest_at + lane
     word = tl.load(words_ptr + index, mask=index < words, other=0)
-    a, b, full = _add_words(a, b, full, word, index, exponent, lowest, check)
+    a, before, odd, full = _add_words(a, before, odd, full, word, exponent, lowest, check)
+    read = (rest_at // tile_words + 1).to(tl.uint64)
+    b = (a * read - before) * tile_words + a * (2 * row + 1).to(tl.uint64) + odd
     sum_a = tl.sum(a, axis=0)
     sum_b = tl.sum(b, axis=0)
 
