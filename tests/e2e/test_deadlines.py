@@ -90,11 +90,12 @@ def test_an_engine_that_stands_still_after_begin_is_torn_and_repaired(
     error = push_while_stopped(stack, stack.engine, phase)
     assert f"{stack.agent.url}: may be torn" in error.__notes__[-1]
     who = {
-        "begin": "worker engine0",
-        "write": "writes to weightsync-",
-        "commit": "worker engine0",
+        "begin": ["worker engine0"],
+        "write": ["writes to weightsync-"],
+        # it may stand still before it has done what it was asked beside the writes
+        "commit": ["worker engine0", "the engine did not drop its caches"],
     }
-    assert who[error.context["phase"]] in str(error)
+    assert any(words in str(error) for words in who[error.context["phase"]])
     stack.wait_for_state("torn")
     stack.assert_torn()
     stack.assert_a_whole_push_works()

@@ -44,7 +44,7 @@ def test_a_trace_of_shadow_mode_shows_the_pause_after_the_writes(
     assert phases == ["fill", "begin", "write", "prepare", "pause", "commit", "resume"]
     agent = f"agent {stack.agent.url}"
     calls = {s["name"]: s for s in lanes[agent, "calls"]}
-    assert calls["prepare_commit"]["ts"] < calls["pause"]["ts"] < calls["commit_update"]["ts"]
+    assert calls["prepare_commit"]["ts"] < calls["pause"]["ts"] < calls["commit"]["ts"]
     names = [s["name"] for s in lanes[agent, "engine0/dp0/pp0/tp0/ep0"]]
     assert names[0] == "begin"
     checked = next(s for s in lanes[agent, "engine0/dp0/pp0/tp0/ep0"] if s["name"] == "digest")
