@@ -47,6 +47,7 @@ from weightsync_server.agent import problems
 from weightsync_server.agent.aside import aside
 from weightsync_server.agent.auth import REPLY_PATH, Gate
 from weightsync_server.agent.calls import Calls
+from weightsync_server.agent.door import Door, Handler
 from weightsync_server.agent.engine_client import EngineClient
 from weightsync_server.agent.engines import Engines
 from weightsync_server.agent.events import EventHub
@@ -124,6 +125,7 @@ class Agent:
             max_unpacked_nbytes=settings.max_unpacked_nbytes,
         )
         self._recalled = False
+        self._posts: dict[str, Handler] = {}
         self.app = self._make_app(secret)
 
     def listens_at(self, host: str, port: int) -> None:
@@ -228,6 +230,7 @@ class Agent:
             lifespan=lifespan,
             responses=RESPONSES,
         )
+        app.add_middleware(Door, posts=self._posts, count=self._count_error)
         app.add_middleware(
             Gate,
             tokens=Tokens.of(self.settings),
@@ -317,11 +320,14 @@ class Agent:
                 include_in_schema=path != REPLY_PATH,
                 response_model=answer,
             )
-            async def handle(request: Request) -> R:
+            async def handle(request: Request) -> Response:
                 message = await parsed(kind, await request.body())
                 secret = request.headers.get(SESSION_SECRET_HEADER)
                 guard.check(message, secret, open_session=self.service.state.session)
-                return await call(message)
+                made = await call(message)
+                return Response(made.model_dump_json(), media_type="application/json")
+
+            self._posts[path] = handle
 
         post("/attach", AttachRequest, StepResponse, calls.attach)
         post("/pause", PauseRequest, StepResponse, calls.pause)
