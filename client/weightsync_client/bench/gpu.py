@@ -28,7 +28,7 @@ from weightsync_client.demo.processes import Deadline, Processes
 from weightsync_client.demo.stack import engine_environ
 
 #: what a case other than ``dense`` keeps of a push
-_KEPT = ("push", "write", "paused", "paused_beyond_write", "fill", "commit")
+_KEPT = ("push", "write", "longest_write", "paused", "paused_beyond_write", "fill", "commit")
 _ALONE = "NCCL needs a GPU for each process"
 _SPLIT = 2
 _FEW = "two trainer ranks and two workers need four GPUs"

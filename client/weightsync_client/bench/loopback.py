@@ -266,6 +266,7 @@ def report_seconds(report: Mapping[str, Any]) -> dict[str, float]:
             if phase not in ("rendezvous", "prepare")
         },
         **({"prepare": report["prepare_s"]} if report["prepare_s"] else {}),
+        "longest_write": report["longest_write_s"],
         **{f"commit_{part}": s for part, s in slowest_parts(report).items()},
         "trainer_cpu_write": report["cpu_write_s"],
         "trainer_cpu_thread": report["cpu_thread_s"],

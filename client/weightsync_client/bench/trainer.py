@@ -119,8 +119,10 @@ class Trainer:
         self._synchronize()
         process_s, thread_s = time.process_time(), time.thread_time()
         report = self._publisher.push(self._model)
+        writes = [s.seconds for s in report.spans if s.lane.startswith("write to ")]
         return {
             **report.to_dict(),
+            "longest_write_s": max(writes, default=0.0),
             "cpu_write_s": self._clock.seconds.get("write", 0.0),
             "cpu_thread_s": time.thread_time() - thread_s,
             "cpu_process_s": time.process_time() - process_s,
