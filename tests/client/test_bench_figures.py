@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from weightsync.errors import EngineError
 from weightsync_client.bench import models
 from weightsync_client.bench.figures import Figures, Target, run_rounds
-from weightsync_client.bench.loopback import descriptor_seconds, judge
+from weightsync_client.bench.loopback import judge
 from weightsync_client.bench.plot import draw
+from weightsync_client.bench.prediction import descriptor_seconds
 from weightsync_client.bench.view import markdown, tables
 from weightsync_client.cli import app
 

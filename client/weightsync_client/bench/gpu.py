@@ -22,6 +22,7 @@ from weightsync_client.bench.gpu_options import GpuOptions
 from weightsync_client.bench.gpu_targets import judge
 from weightsync_client.bench.loopback import push_seconds
 from weightsync_client.bench.part import Job, Part
+from weightsync_client.bench.prediction import predict
 from weightsync_client.demo.link import torchrun_environ
 from weightsync_client.demo.options import DemoOptions
 from weightsync_client.demo.processes import Deadline, Processes
@@ -150,11 +151,15 @@ class _Gpu:
             nbytes = int(self._made["nbytes"])
             self._figures.facts |= {"nbytes": nbytes, "tensors": len(self._made["shapes"])}
             cases: dict[str, Case] = {"push": lambda: _push(trainer, engine)}
+            cases["scan"] = lambda: trainer.ask("scan", timeout_s=_MAKE_S, nbytes=nbytes)
             self._rounds(cases | self._baseline_cases(nbytes), nbytes)
             if self._baselines is not None and "raw_nixl_write" not in self._figures.failed:
                 with self._case("descriptors"):
                     most = min(nbytes, _SWEEP_NBYTES)
                     self._figures.descriptors = self._baselines.sweep(most, _SWEEP_REPEATS)
+            link = "device_copy" if "device_copy" in self._figures.series else "raw_nixl_write"
+            if self._figures.descriptors and "scan" in self._figures.series:
+                predict(self._figures, trainer, link)
 
     def _baseline_cases(self, nbytes: int) -> dict[str, Case]:
         """What two processes that only move bytes can do here."""
@@ -284,7 +289,8 @@ class _Gpu:
         moved: Mapping[str, int] | None = None,
     ) -> None:
         moving = (
-            "push", "write", "fill", "commit", "device_copy", "raw_nixl_write", "nccl_broadcast",
+            "push", "write", "fill", "scan", "commit", "device_copy", "raw_nixl_write",
+            "nccl_broadcast",
             "gloo_broadcast", "vllm_nccl_packed", "vllm_nccl_unpacked",
         )  # fmt: skip
         names = dict.fromkeys(moving, nbytes)

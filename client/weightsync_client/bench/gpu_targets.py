@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 
 from weightsync_client.bench.figures import Figures, Target
+from weightsync_client.bench.prediction import targets
 
 
 def judge(figures: Figures) -> None:
@@ -41,4 +42,5 @@ def judge(figures: Figures) -> None:
         Target("fill with fp8 blocks, of a copy in the same memory", 0.70, fp8),
         Target("write of 2 ranks into 2 workers, of 1 into 1", 1.8, split),
         Target("CPU of the pushing thread", 0.005, figures.median("cpu_trainer_cpu_thread"), "s"),
+        *targets(figures),
     ]

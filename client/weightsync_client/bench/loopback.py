@@ -6,7 +6,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +19,7 @@ from weightsync_client.bench.baselines import Baselines
 from weightsync_client.bench.engine import Engine
 from weightsync_client.bench.figures import Case, Figures, Target, run_rounds
 from weightsync_client.bench.part import Job, Part
+from weightsync_client.bench.prediction import predict, targets
 from weightsync_client.demo.options import DemoOptions
 from weightsync_client.demo.processes import Deadline, Processes
 from weightsync_client.report import PHASES
@@ -27,8 +28,6 @@ _START_S = 120.0
 _CALL_S = 60.0
 _PUSH_S = 180.0
 _SWEEP_REPEATS = 3
-#: so few descriptors cost nothing beside their bytes
-_FEW = 64
 _MEMORY = Path("/dev/shm")  # noqa: S108  a fresh folder in it
 
 
@@ -165,7 +164,8 @@ class _Loopback:
             self._works("descriptors", lambda: self._sweep(baselines))
         if last and figures.descriptors:
             figures.notes.append("The raw writes in pieces wait as a push does, without a spin.")
-            self._works("prediction", lambda: self._predict(trainer))
+            link = "raw_nixl_write_sleeping"
+            self._works("prediction", lambda: predict(figures, trainer, link))
         if last:
             figures.notes.append(
                 "The file of the safetensors baseline lies in memory: no disk slows it."
@@ -192,20 +192,6 @@ class _Loopback:
 
     def _sweep(self, baselines: Baselines) -> None:
         self._figures.descriptors = baselines.sweep(self._options.nbytes, _SWEEP_REPEATS)
-
-    def _predict(self, trainer: Part) -> None:
-        """What ``weightsync plan`` would have said, at rates of this very run."""
-        series = self._figures.series
-        said = trainer.ask(
-            "forecast", timeout_s=_CALL_S,
-            nic_gbps=series["raw_nixl_write_sleeping"].rate * 8 / 1e9,
-            write_s=descriptor_seconds(self._figures.descriptors),
-            fill_nbytes_per_s=series["scan"].rate,
-        )  # fmt: skip
-        self._figures.predicted = [
-            {"what": phase, "predicted": said[key], "measured": self._figures.median(phase)}
-            for phase, key in (("fill", "fill_s"), ("write", "wire_s"))
-        ]
 
     def _python(self) -> None:
         """CPU seconds of the pushing thread where there are hardly bytes to move."""
@@ -284,13 +270,6 @@ def slowest_parts(report: Mapping[str, Any]) -> dict[str, float]:
     return parts
 
 
-def descriptor_seconds(sweep: Sequence[Mapping[str, Any]]) -> float:
-    """What one descriptor costs beside its bytes, of the same bytes in many and in few."""
-    few_s = statistics.median(row["seconds"] for row in sweep if row["count"] <= _FEW)
-    most = max(sweep, key=lambda row: row["count"])
-    return max(float(most["seconds"] - few_s) / float(most["count"]), 0.0)
-
-
 def judge(figures: Figures) -> None:
     """Compute the ratios and hold them to the targets."""
     theirs = {
@@ -307,11 +286,7 @@ def judge(figures: Figures) -> None:
             ratio = figures.set_ratio(f"{ours}_vs_{short}", ours, series)
             figures.targets.append(Target(f"{name}, of {text}", goal, ratio))
     figures.set_ratio("paused_vs_gloo_broadcast", "paused", "gloo_broadcast")
-    for row in figures.predicted:
-        low, high = sorted((row["predicted"], row["measured"]))
-        figures.targets.append(
-            Target(f"{row['what']}, predicted and measured, lower / higher", 0.8, low / high)
-        )
+    figures.targets += targets(figures)
     cpu = figures.facts.get("cpu", {})
     if "python_s_per_push" in cpu:
         figures.targets += [

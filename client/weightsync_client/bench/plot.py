@@ -13,6 +13,8 @@ from typing import Any
 from weightsync.errors import InputError
 from weightsync_client.report import PHASES
 
+#: of a bar and its name
+_BAR_INCHES = 0.19
 _DOTS_PER_INCH = 130
 
 
@@ -44,18 +46,24 @@ def draw(answer: Mapping[str, Any], path: Path) -> None:
         )
         if answer.get(key)
     ]  # fmt: skip
-    figure = Figure(
-        figsize=(5.5 * max(len(panels), 1), 4.5), dpi=_DOTS_PER_INCH, layout="constrained"
-    )
+    bars = len(_shown(answer["seconds"])) if answer.get("seconds") else 0
+    size = (5.5 * max(len(panels), 1), max(4.5, _BAR_INCHES * bars))
+    figure = Figure(figsize=size, dpi=_DOTS_PER_INCH, layout="constrained")
     for k, panel in enumerate(panels):
         panel(figure.add_subplot(1, len(panels), k + 1), answer)
     figure.savefig(path)
 
 
+def _shown(series: Mapping[str, Any]) -> list[str]:
+    """The phases of a push, and what else moves bytes."""
+    ours = [name for name in (*PHASES, "push") if name in series]
+    return [*ours, *(n for n, one in series.items() if one["nbytes"] and n not in ours)]
+
+
 def _durations(axes: Any, answer: Mapping[str, Any]) -> None:
     series = answer["seconds"]
-    ours = [name for name in (*PHASES, "push") if name in series]
-    names = [*ours, *(n for n, one in series.items() if one["nbytes"] and n not in ours)]
+    names = _shown(series)
+    ours = (*PHASES, "push")
     medians = [series[name]["median"] * 1e3 for name in names]
     whiskers = [
         [(series[name]["median"] - series[name]["low"]) * 1e3 for name in names],
