@@ -165,8 +165,10 @@ class Peers:
             self._posted_at.clear()
         failed: dict[str, WeightSyncError] = {}
         posted: list[_Post] = []
+        posts = [post for url in to for post in self._posts[url][k]]
+        turn = self._plan.rank % max(len(posts), 1)  # ranks do not all begin at the same worker
         # All earlier rounds have completed, so a last write's message follows them (WS-2).
-        for post in [post for url in to for post in self._posts[url][k]]:
+        for post in [*posts[turn:], *posts[:turn]]:
             message = f"{self.members[post.worker.agent].epoch}:{version}:{self._plan.rank}"
             early = f"shadow:{message}" if self._split else f"part:{message}:{k}"
             message = f"ws:{message}" if post.last else early

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ from weightsync.errors import (
     WeightSyncError,
 )
 from weightsync.geometry import Box
-from weightsync.transport.base import Transport
+from weightsync.transport.base import PreparedWrite, Transport
 from weightsync.transport.inmemory import Fabric, InMemoryTransport
 
 
@@ -353,3 +354,25 @@ def test_a_rank_that_stood_still_before_its_writes_asks_and_writes_nothing_late(
 def test_the_boxes_of_a_rank_without_rows_are_none() -> None:
     (_, second) = rows(torch.ones(1, 2), 2)
     assert Box((1, 0), (1, 2)).numel == second.tensor.numel() == 0
+
+
+def test_ranks_do_not_all_begin_at_the_same_worker(
+    make_agent: Callable[..., Agent], make_job, fabric: Fabric, weights: dict[str, torch.Tensor]
+) -> None:
+    posted: dict[int, list[str]] = {0: [], 1: []}
+
+    class Watched(InMemoryTransport):
+        def __init__(self, rank: int) -> None:
+            super().__init__(fabric, f"trainer{rank}")
+            self.rank = rank
+
+        def post(self, write: PreparedWrite, notification: bytes) -> None:
+            if notification.startswith(b"ws:"):
+                posted[self.rank].append(write.peer)
+            super().post(write, notification)
+
+    transports = {rank: partial(Watched, rank) for rank in posted}
+    job = make_job(*(make_agent() for _ in range(3)), ranks=2, transports=transports)
+    same_report(job.push(sharded(weights, 2)))
+    assert len(posted[0]) == 3
+    assert posted[1] == [*posted[0][1:], posted[0][0]]
