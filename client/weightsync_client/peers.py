@@ -15,6 +15,10 @@ from weightsync.transport.base import PreparedWrite, Side, Transport, WriteOp
 from weightsync_client.report import Probe
 from weightsync_client.slots import Slots
 
+#: writes of one rank, one a worker: more would only share its wire
+_MOST_IN_FLIGHT = 64
+_POLL_S = 100e-6
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Worker:
@@ -165,6 +169,7 @@ class Peers:
             self._posted_at.clear()
         failed: dict[str, WeightSyncError] = {}
         posted: list[_Post] = []
+        in_flight: list[_Post] = []
         posts = [post for url in to for post in self._posts[url][k]]
         turn = self._plan.rank % max(len(posts), 1)  # ranks do not all begin at the same worker
         # All earlier rounds have completed, so a last write's message follows them (WS-2).
@@ -172,10 +177,12 @@ class Peers:
             message = f"{self.members[post.worker.agent].epoch}:{version}:{self._plan.rank}"
             early = f"shadow:{message}" if self._split else f"part:{message}:{k}"
             message = f"ws:{message}" if post.last else early
+            self._make_room(in_flight, deadline)
             self._posted_at.setdefault(post.worker, time.perf_counter())
             try:
                 self._transport.post(post.write, message.encode())
                 posted.append(post)
+                in_flight.append(post)
             except TransportError as error:
                 if strict:
                     raise
@@ -187,6 +194,26 @@ class Peers:
                 raise
             failed |= self._late(posted, deadline)
         return failed
+
+    def _make_room(self, in_flight: list[_Post], deadline: float) -> None:
+        """Wait until fewer than the most are in flight, or the deadline has passed.
+
+        Whichever ends first makes room: one that never ends must not hold up the others.
+        """
+        while len(in_flight) >= _MOST_IN_FLIGHT:
+            flying = []
+            for post in in_flight:
+                try:
+                    self._transport.wait([post.write], timeout_s=0)
+                except DeadlineError:
+                    flying.append(post)
+                except TransportError:
+                    pass  # it has ended; who waits for all is told
+            if len(flying) == len(in_flight):
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(_POLL_S)
+            in_flight[:] = flying
 
     def _late(self, posts: Iterable[_Post], deadline: float) -> dict[str, WeightSyncError]:
         """Which of these posts fail, by the agent's URL."""
