@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "performance.md").read_text()
-STORED = sorted((ROOT / "docs" / "bench").glob("*.json"))
+STORED = sorted((ROOT / "docs" / "bench").glob("*.json"), key=lambda path: path.stem)
 
 
 def load():
