@@ -220,25 +220,8 @@ class Transfer:
             raise NoSessionError("no push was begun", hint="push again")
         self._marks = [part.marks for part in parts]
         attempt.roster.drop("write", failures([part.failed for part in parts]))
-        nbytes, pauses = session.job.nbytes, False
-        if isinstance(transaction, ShadowTransaction) and not self._splits:
-            attempt.enter("prepare")
-            transaction.prepare(timeout_s=commit_s)
-            attempt.enter("pause")
-            pauses = transaction.joined
-            if not pauses:
-                transaction.pause()
-        if not pauses:
-            attempt.enter("commit")
-        try:
-            since_paused_s, since_committed_s = transaction.commit(timeout_s=commit_s, pause=pauses)
-        except WeightSyncError as error:
-            if pauses and error.context.get("step") != "pause":
-                attempt.enter("commit")
-            raise
-        if pauses:
-            attempt.enter("commit", ago_s=since_paused_s)
-        attempt.enter("resume", ago_s=since_committed_s)
+        nbytes = session.job.nbytes
+        attempt.enter("resume", ago_s=self._commit(transaction, commit_s))
         transaction.resume()
         attempt.enter("")
         paused_s = time.perf_counter() - attempt.paused_at
@@ -253,3 +236,27 @@ class Transfer:
             total_s=time.perf_counter() - attempt.started,
             **{f"{phase}_s": seconds for phase, seconds in attempt.seconds.items()},
         )
+
+    def _commit(self, transaction: Transaction, commit_s: float) -> float:
+        """Of a shadow, what comes before it, too; seconds that the resume in the same call took."""
+        attempt = self._attempt
+        if isinstance(transaction, ShadowTransaction) and not self._splits:
+            attempt.enter("prepare")
+            transaction.prepare(timeout_s=commit_s)
+            attempt.enter("pause")
+            if transaction.joined:
+                return self._pause_and_commit(transaction, commit_s)
+            transaction.pause()
+        attempt.enter("commit")
+        return transaction.commit(timeout_s=commit_s)[1]
+
+    def _pause_and_commit(self, transaction: Transaction, commit_s: float) -> float:
+        attempt = self._attempt
+        try:
+            since_paused_s, resumed_s = transaction.commit(timeout_s=commit_s, pause=True)
+        except WeightSyncError as error:
+            if error.context.get("step") != "pause":
+                attempt.enter("commit")
+            raise
+        attempt.enter("commit", ago_s=since_paused_s)
+        return resumed_s

@@ -162,3 +162,16 @@ async def test_a_commit_after_a_pause_of_its_own_call_does_not_pause_again(agent
     done = await shadowed.commit(1, ranks=[], **PAUSE, **RESUME)
     assert done["state"] == "ready"
     assert engine.client.ops.count("pause") == 1
+
+
+async def test_a_shadows_commit_that_failed_is_remembered_and_pauses_no_more(
+    agent, engine, shadowed
+):
+    engine.client.fail["commit"] = IdentityError("it moved", hint="rendezvous")
+    failed = await shadowed.commit(1, expect=409, ranks=[], **PAUSE, **RESUME)
+    assert (failed["code"], failed["context"]["step"]) == ("identity_changed", "commit")
+    assert (await agent.status())["state"] == "ready"
+    engine.client.fail.clear()
+    again = await shadowed.commit(1, expect=409, ranks=[], **PAUSE, **RESUME)
+    assert again["code"] == "identity_changed"
+    assert not engine.client.paused

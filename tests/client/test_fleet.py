@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -497,7 +498,7 @@ def test_a_push_that_finds_no_engine_lets_go_of_it(
     agent = make_agent()
     job = make_job(agent, ranks=2)
     same_report(job.push(sharded(weights, 2)))
-    agent.state = type(agent.state)(phase="detached")
+    agent.state = replace(agent.state, phase="detached")  # its session is still open
     results = job.push(sharded(weights, 2))
     assert [type(r) for r in results] == [EngineDetachedError] * 2
     assert [p._held.session for p in job.publishers] == [None, None]

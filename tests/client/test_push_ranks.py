@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from test_push_failures import refuse
 from weightsync import plan as planning
 from weightsync.errors import (
     AgentUnreachableError,
-    DeadlineError,
     EnginePausedError,
     IdentityError,
     InputError,
@@ -34,7 +32,7 @@ from weightsync.errors import (
     WeightSyncError,
 )
 from weightsync.geometry import Box
-from weightsync.transport.base import PreparedWrite, Transport
+from weightsync.transport.base import Transport
 from weightsync.transport.inmemory import Fabric, InMemoryTransport
 
 
@@ -355,59 +353,3 @@ def test_a_rank_that_stood_still_before_its_writes_asks_and_writes_nothing_late(
 def test_the_boxes_of_a_rank_without_rows_are_none() -> None:
     (_, second) = rows(torch.ones(1, 2), 2)
     assert Box((1, 0), (1, 2)).numel == second.tensor.numel() == 0
-
-
-def test_ranks_do_not_all_begin_at_the_same_worker(
-    make_agent: Callable[..., Agent], make_job, fabric: Fabric, weights: dict[str, torch.Tensor]
-) -> None:
-    posted: dict[int, list[str]] = {0: [], 1: []}
-
-    class Watched(InMemoryTransport):
-        def __init__(self, rank: int) -> None:
-            super().__init__(fabric, f"trainer{rank}")
-            self.rank = rank
-
-        def post(self, write: PreparedWrite, notification: bytes) -> None:
-            if notification.startswith(b"ws:"):
-                posted[self.rank].append(write.peer)
-            super().post(write, notification)
-
-    transports = {rank: partial(Watched, rank) for rank in posted}
-    job = make_job(*(make_agent() for _ in range(3)), ranks=2, transports=transports)
-    same_report(job.push(sharded(weights, 2)))
-    assert len(posted[0]) == 3
-    assert posted[1] == [*posted[0][1:], posted[0][0]]
-
-
-def test_no_more_writes_are_in_flight_than_may_be_and_one_that_is_slow_holds_nobody_up(
-    make_agent: Callable[..., Agent], make_job, fabric: Fabric, monkeypatch: pytest.MonkeyPatch,
-    weights: dict[str, torch.Tensor],
-) -> None:  # fmt: skip
-    monkeypatch.setattr("weightsync_client.peers._MOST_IN_FLIGHT", 2)
-    posted: list[str] = []
-    flying: list[str] = []
-    most: list[int] = []
-
-    class Slow(InMemoryTransport):
-        """The first write ends last."""
-
-        def post(self, write: PreparedWrite, notification: bytes) -> None:
-            super().post(write, notification)
-            if notification.startswith(b"ws:"):
-                posted.append(write.peer)
-                flying.append(write.peer)
-                most.append(len(flying))
-
-        def wait(self, writes: Sequence[PreparedWrite], *, timeout_s: float) -> None:
-            peers = [write.peer for write in writes]
-            if timeout_s == 0 and peers == posted[:1]:
-                raise DeadlineError("not yet", peers=peers)
-            super().wait(writes, timeout_s=timeout_s)
-            flying[:] = [peer for peer in flying if peer not in peers]
-
-    transports = {0: partial(Slow, fabric, "trainer0")}
-    job = make_job(*(make_agent() for _ in range(5)), ranks=1, transports=transports)
-    same_report(job.push(sharded(weights, 1)))
-    assert len(posted) == 5
-    assert most == [1, 2, 2, 2, 2]
-    assert not flying

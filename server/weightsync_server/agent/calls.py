@@ -145,7 +145,7 @@ class Calls:
         taken = time.monotonic()
         name, push_id = "commit_update", request.push_id
         commit = partial(self._checked_step, name, event, request, self._bodies.commit)
-        if request.pause is None or any(self._once.knows((n, push_id)) for n in ("pause", name)):
+        if request.pause is None or self._once.knows((name, push_id)):
             done = await commit()
         else:
             pause = partial(self._paused, request)
