@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,8 @@ from weightsync_client.tls import Cert, Verify, tls_context
 from weightsync_client.warmup import Warmup
 
 _DAY_S = 86_400.0
+#: that move host memory, if there are as many CPUs: more would only share the memory's rate
+_COPYING_THREADS = 4
 
 
 class Publisher(Closing):
@@ -324,7 +327,8 @@ def make_nixl() -> Transport:
 
     gpu = cuda_address(torch.device("cuda"))
     # A trainer only writes, and makes progress while it waits: no thread runs beside its training.
-    carrier = NixlTransport("trainer", progress_thread=False, gpu=gpu)
+    threads = min(len(os.sched_getaffinity(0)), _COPYING_THREADS) if gpu is None else 1
+    carrier = NixlTransport("trainer", progress_thread=False, gpu=gpu, threads=threads)
     return CudaIpcTransport(carrier, exports=False)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ from weightsync.transport import (
     NixlTransport,
     Transport,
     UcxxTransport,
+    nixl_request,
 )
 from weightsync.transport.base import Side
 
@@ -114,6 +116,7 @@ class Wire:
 
 _MAKERS = {
     "nixl": NixlTransport,
+    "nixl_threads": partial(NixlTransport, threads=3),
     "ucxx": UcxxTransport,
     "cuda_ipc": lambda *args, **options: OnGpus(NixlTransport(*args, **options)),
 }
@@ -123,13 +126,16 @@ _MAKERS = {
     params=[
         "inmemory",
         pytest.param("nixl", marks=pytest.mark.nixl),
+        pytest.param("nixl_threads", marks=pytest.mark.nixl),
         pytest.param("ucxx", marks=pytest.mark.integrations),
         "cuda_ipc_host",
         pytest.param("cuda_ipc", marks=[pytest.mark.nixl, pytest.mark.gpu]),
     ]
 )
-def wire(request: pytest.FixtureRequest) -> Iterator[Wire]:
+def wire(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
     wire = Wire(request.param)
+    if request.param == "nixl_threads":  # whatever is written goes in parts
+        monkeypatch.setattr(nixl_request, "_LEAST_PARTED_NBYTES", 1)
     cuda = HostCuda()
     with cuda.in_place() if request.param == "cuda_ipc_host" else nullcontext():
         yield wire

@@ -96,26 +96,37 @@ def peer() -> Iterator[Peer]:
     peer.close()
 
 
+@pytest.fixture(params=[1, 3], ids=["whole", "parts"])
+def threads(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
 @pytest.fixture
 def source() -> np.ndarray:
     return np.full(NBYTES, 7, np.uint8)
 
 
 @pytest.fixture
-def writer(source: np.ndarray) -> Iterator[NixlTransport]:
-    """A writer that has ``source`` registered; made after it, so that it is closed before it."""
-    with NixlTransport("writer", progress_thread=False) as writer:
+def writer(source: np.ndarray, threads: int) -> Iterator[NixlTransport]:
+    """A writer that has ``source`` registered; made after it, so that it is closed before it.
+
+    With several threads its large writes go in parts.
+    """
+    with NixlTransport("writer", progress_thread=False, threads=threads) as writer:
         writer.register([LocalMemory(source.ctypes.data, NBYTES)])
         yield writer
 
 
 @pytest.fixture
-def over_tcp(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple]:
-    """A writer and two peers on TCP, where a write into a stopped process stays in flight."""
+def over_tcp(monkeypatch: pytest.MonkeyPatch, threads: int) -> Iterator[tuple]:
+    """A writer and two peers on TCP, where a write into a stopped process stays in flight.
+
+    With several threads its large writes go in parts.
+    """
     monkeypatch.setenv("UCX_TLS", "tcp")
     array = np.full(NBYTES, 7, np.uint8)
     first, second = Peer("nixl"), Peer("nixl")
-    with NixlTransport("writer", progress_thread=False) as writer:
+    with NixlTransport("writer", progress_thread=False, threads=threads) as writer:
         writer.register([LocalMemory(array.ctypes.data, NBYTES)])
         yield writer, array, first, second
     first.close()
@@ -254,7 +265,7 @@ def test_a_handle_that_cannot_be_released_yet_is_released_at_close(writer, sourc
         target.register([LocalMemory(array.ctypes.data, 100)])
         name = writer.add_peer(target.metadata())
         write = writer.prepare(name, [WriteOp(source.ctypes.data, array.ctypes.data, 100)])
-        handle = write.handle
+        [handle] = write.request._handles
         writer._agent = agent = Agent(writer._agent, releaseXferReq=[RuntimeError("still active")])
         write.close()
         assert "not released yet" in caplog.text

@@ -33,10 +33,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-
 from weightsync.errors import PeerLostError, RegistrationError, TransportError
-from weightsync.layout import MemoryKind
 from weightsync.transport import refusals, ucx
 from weightsync.transport.base import (
     DRAM,
@@ -47,7 +44,8 @@ from weightsync.transport.base import (
     Transport,
     WriteOp,
 )
-from weightsync.transport.nixl_errors import is_done, logged, translated
+from weightsync.transport.nixl_errors import logged, translated
+from weightsync.transport.nixl_request import Request, Threads, rows, segment
 from weightsync.transport.registry import RegisteredMemory
 
 logger = logging.getLogger(__name__)
@@ -87,13 +85,13 @@ class _Registration(Registration):
 
 class _Write(PreparedWrite):
     def __init__(
-        self, owner: NixlTransport, peer: str, ops: Sequence[WriteOp], handle: int
+        self, owner: NixlTransport, peer: str, ops: Sequence[WriteOp], request: Request
     ) -> None:
         self.peer = peer
         self.nbytes = sum(op.nbytes for op in ops)
         self.descriptors = len(ops)
-        #: None once it is closed
-        self.handle: int | None = handle
+        self.request = request
+        self.closed = False
         self.posted = False
         #: what ended it; it cannot be posted again
         self.error: TransportError | None = None
@@ -115,6 +113,7 @@ class NixlTransport(Transport):
             False for an end that only writes.
         progress_interval_us: Longest sleep of that thread, 1000 or more; an event ends it.
         gpu: PCI address of the GPU whose NICs and CPUs it uses; None: it moves host memory.
+        threads: How many copy a large write of host memory, each with a UCX worker of its own.
 
     Raises:
         TransportError: NIXL cannot be loaded, or UCX does not start.
@@ -128,6 +127,7 @@ class NixlTransport(Transport):
         progress_thread: bool = True,
         progress_interval_us: int = 10_000,
         gpu: str | None = None,
+        threads: int = 1,
     ) -> None:
         self.name = f"{label}-{uuid.uuid4().hex}"
         self._nixl = load_bindings()
@@ -135,21 +135,23 @@ class NixlTransport(Transport):
         self._registered = RegisteredMemory()
         self._registrations: set[_Registration] = set()
         self._writes: set[_Write] = set()
-        self._unreleased: list[int] = []
+        self._unreleased: list[Request] = []
+        self._threads = Threads(threads)
         self._peers: set[str] = set()
         self._lost: set[str] = set()
         self._lost_any = False
         config = self._nixl.nixlAgentConfig()
         config.useProgThread = progress_thread
         config.useListenThread = False
-        # One lock of ours guards every call, so NIXL needs none.
-        config.syncMode = self._nixl.NIXL_THREAD_SYNC_NONE
+        # One lock of ours guards every call, so NIXL needs one only for those of our threads.
+        sync = self._nixl.NIXL_THREAD_SYNC_RW if threads > 1 else self._nixl.NIXL_THREAD_SYNC_NONE
+        config.syncMode = sync
         config.pthrDelay = max(progress_interval_us, 1000)
 
         def make() -> Any:
             with translated("starting the agent"):
                 agent = self._nixl.nixlAgent(self.name, config)
-                agent.createBackend("UCX", {})
+                agent.createBackend("UCX", {"num_workers": str(threads)})
                 return agent
 
         self._agent: Any = ucx.start(make, gpu)
@@ -162,9 +164,9 @@ class NixlTransport(Transport):
             registration = _Registration(self, memory, [])
             try:
                 for kind in sorted({one.kind for one in memory}):
-                    rows = [(m.addr, m.nbytes, m.device_id) for m in memory if m.kind == kind]
-                    nbytes = sum(row[1] for row in rows)
-                    descriptors = self._nixl.nixlRegDList(self._segment(kind), _rows(rows))
+                    some = [(m.addr, m.nbytes, m.device_id) for m in memory if m.kind == kind]
+                    nbytes = sum(row[1] for row in some)
+                    descriptors = self._nixl.nixlRegDList(segment(self._nixl, kind), rows(some))
                     with translated(f"registering {nbytes} bytes of {kind}"):
                         self._agent.registerMem(descriptors, [])
                     registration.lists.append(descriptors)
@@ -239,17 +241,10 @@ class NixlTransport(Transport):
                 raise refusals.no_writes(peer)
             self._registered.check("local", local, peer, ((o.local_addr, o.nbytes) for o in ops))
             with translated(f"preparing {len(ops)} writes", peer):
-                here, there = (
-                    self._nixl.nixlXferDList(self._segment(side.kind), _rows(rows))
-                    for side, rows in (
-                        (local, [(op.local_addr, op.nbytes, local.device_id) for op in ops]),
-                        (remote, [(op.remote_addr, op.nbytes, remote.device_id) for op in ops]),
-                    )
+                request = Request(
+                    self._nixl, lambda: self._agent, self._threads, peer, ops, local, remote
                 )
-                handle = self._agent.createXferReq(
-                    self._nixl.NIXL_WRITE, here, there, peer, b"", []
-                )
-            write = _Write(self, peer, ops, handle)
+            write = _Write(self, peer, ops, request)
             self._writes.add(write)
             return write
 
@@ -260,11 +255,11 @@ class NixlTransport(Transport):
             mine = self._mine(write)
             refusals.check_post(
                 mine.peer, notification,
-                closed=mine.handle is None, posted=mine.posted, failed=mine.error is not None,
+                closed=mine.closed, posted=mine.posted, failed=mine.error is not None,
             )  # fmt: skip
             self._refuse_unknown(mine.peer)
             with self._tracked(mine, "posting a write"):
-                is_done(self._agent.postXferReq(mine.handle, notification).name, mine.peer)
+                mine.request.post(notification)
             # Complete or not: what was posted must be waited for (WS-3).
             mine.posted = True
 
@@ -291,12 +286,11 @@ class NixlTransport(Transport):
             self._refuse_closed()
             if write.error is not None:
                 raise write.error
-            if write.handle is None:
+            if write.closed:
                 raise refusals.closed_write(write.peer)
             if write.posted:
                 with self._tracked(write, "waiting for a write"):
-                    status = self._agent.getXferStatus(write.handle).name
-                    write.posted = not write.completes(is_done(status, write.peer))
+                    write.posted = not write.completes(write.request.is_done())
             return not write.posted
 
     @contextmanager
@@ -319,7 +313,7 @@ class NixlTransport(Transport):
             self._refuse_closed()
             self._refuse_unknown(peer)
             with translated("sending a notification", peer):
-                self._agent.genNotif(peer, message)
+                self._threads.on(0, lambda: self._agent.genNotif(peer, message))
 
     def notifications(self) -> Mapping[str, Sequence[bytes]]:
         """See :meth:`Transport.notifications`.  Waits while another thread is in ``post``."""
@@ -329,18 +323,18 @@ class NixlTransport(Transport):
             return received
 
     def release(self, write: _Write) -> None:
-        """Give up a write's handle; never raises, does nothing the second time."""
+        """Give up a write; never raises, does nothing the second time."""
         with self._lock:
-            handle, write.handle = write.handle, None
-            if handle is None or self._agent is None:
+            if write.closed or self._agent is None:
                 return
+            write.closed = True
             self._writes.discard(write)
             try:
-                self._agent.releaseXferReq(handle)
+                write.request.release()
             except Exception as error:
                 # In flight and not cancellable: try again once everything else is closed.
                 logger.warning("write to %s not released yet: %s", write.peer, error)
-                self._unreleased.append(handle)
+                self._unreleased.append(write.request)
 
     def close(self) -> None:
         """See :meth:`Transport.close`.  Logs what fails and goes on; never hides an error."""
@@ -351,9 +345,9 @@ class NixlTransport(Transport):
                 self.release(write)
             for peer in list(self._peers):
                 self.remove_peer(peer)
-            for handle in self._unreleased:
+            for request in self._unreleased:
                 with logged("releasing a write"):
-                    self._agent.releaseXferReq(handle)
+                    request.release()
             for registration in list(self._registrations):
                 self.unregister(registration)
             if self._lost_any:
@@ -363,13 +357,12 @@ class NixlTransport(Transport):
             # Nothing else may hold the agent, least of all a frame that an error keeps: UCX shuts
             # down here, not whenever the garbage collector comes by.
             self._agent = None
+            self._unreleased.clear()
+            self._threads.close()
 
     def _refuse_closed(self) -> None:
         if self._agent is None:
             raise refusals.closed_end(self.name)
-
-    def _segment(self, kind: MemoryKind) -> Any:
-        return self._nixl.VRAM_SEG if kind == "VRAM" else self._nixl.DRAM_SEG
 
     def _deregister(self, registration: _Registration) -> None:
         self._registered.remove(registration.memory)
@@ -387,7 +380,3 @@ class NixlTransport(Transport):
             raise refusals.lost_peer(peer)
         if peer not in self._peers:
             raise refusals.unknown_peer(peer, self.name)
-
-
-def _rows(rows: Sequence[tuple[int, int, int]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    return np.array(rows, dtype=np.uint64).reshape(-1, 3)
