@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -40,8 +39,6 @@ from weightsync_client.tls import Cert, Verify, tls_context
 from weightsync_client.warmup import Warmup
 
 _DAY_S = 86_400.0
-#: that move host memory, if there are as many CPUs: more would only share the memory's rate
-_COPYING_THREADS = 4
 
 
 class Publisher(Closing):
@@ -324,10 +321,11 @@ def make_nixl() -> Transport:
     # only here, so that a publisher with another transport needs no NIXL
     from weightsync.transport.cuda_ipc import CudaIpcTransport
     from weightsync.transport.nixl import NixlTransport
+    from weightsync.transport.nixl_request import copying_threads
 
     gpu = cuda_address(torch.device("cuda"))
     # A trainer only writes, and makes progress while it waits: no thread runs beside its training.
-    threads = min(len(os.sched_getaffinity(0)), _COPYING_THREADS) if gpu is None else 1
+    threads = copying_threads() if gpu is None else 1
     carrier = NixlTransport("trainer", progress_thread=False, gpu=gpu, threads=threads)
     return CudaIpcTransport(carrier, exports=False)
 

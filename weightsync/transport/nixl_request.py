@@ -7,6 +7,7 @@ as fast as one thread copies.  It goes in parts then, one a thread, each on a UC
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -23,8 +24,15 @@ T = TypeVar("T")
 
 #: of host memory; what is smaller goes whole
 _LEAST_PARTED_NBYTES = 16 << 20
+#: more would only share the rate of the memory
+_MOST_THREADS = 4
 #: that follow all parts
 _TAIL_NBYTES = 64
+
+
+def copying_threads() -> int:
+    """How many threads copy host memory well here: one a CPU, a few at most."""
+    return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
 
 
 class Threads:

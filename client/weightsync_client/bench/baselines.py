@@ -43,24 +43,25 @@ class Baselines:
         )
         self._nbytes = 0
 
-    def open_raw(self, nbytes: int) -> None:
-        """Connect two raw NIXL ends of that many bytes.
+    def open_raw(self, nbytes: int, threads: int = 1) -> None:
+        """Connect two raw NIXL ends of that many bytes, for writes by so many threads.
 
         Raises:
             WeightSyncError: NIXL does not start, or refuses.
         """
-        target, _ = self._both("open_raw", _START_S, nbytes=nbytes)
-        facts = {"metadata": target["metadata"], "addr": target["addr"]}
+        target, _ = self._both("open_raw", _START_S, nbytes=nbytes, threads=threads)
+        facts = {"metadata": target["metadata"], "addr": target["addr"], "threads": threads}
         self._source.ask("connect_raw", timeout_s=_CALL_S, **facts)
         self._nbytes = nbytes
 
-    def write_raw(self, *, sleeping: bool = False) -> float:
-        """Seconds of one write of all bytes in one descriptor.
+    def write_raw(self, threads: int = 1, *, sleeping: bool = False) -> float:
+        """Seconds of one write of all bytes, in one descriptor a thread.
 
         ``sleeping``: it waits as a push does; a loop that polls takes the core that the other end
         may need.
         """
-        return self._write(self._nbytes, self._nbytes, 1, sleeping=sleeping)
+        nbytes = self._nbytes
+        return self._write(nbytes, nbytes, 1, threads=threads, sleeping=sleeping)
 
     def sweep(self, most_nbytes: int, repeats: int) -> list[dict[str, Any]]:
         """The rate against the size of a descriptor: seconds of the same bytes in pieces.
@@ -110,11 +111,14 @@ class Baselines:
         rate = nbytes / seconds / 1e9
         return {"nbytes": piece, "count": count, "seconds": seconds, "gbytes_per_s": rate}
 
-    def _write(self, nbytes: int, piece: int, repeats: int, *, sleeping: bool = False) -> float:
-        facts = {
-            "nbytes": nbytes, "piece_nbytes": piece, "repeats": repeats, "sleeping": sleeping
-        }  # fmt: skip
-        return float(self._source.ask("write_raw", timeout_s=_CALL_S, **facts)["seconds"])
+    def _write(
+        self, nbytes: int, piece: int, repeats: int, *, threads: int = 1, sleeping: bool = False
+    ) -> float:
+        answer = self._source.ask(
+            "write_raw", timeout_s=_CALL_S,
+            nbytes=nbytes, piece_nbytes=piece, repeats=repeats, threads=threads, sleeping=sleeping,
+        )  # fmt: skip
+        return float(answer["seconds"])
 
     def _both(self, command: str, timeout_s: float, **facts: Any) -> list[dict[str, Any]]:
         """Tell both, wait for both: the target's answer, the source's."""

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from weightsync.errors import WeightSyncError
+from weightsync.transport.nixl_request import copying_threads
 from weightsync_client.bench import models
 from weightsync_client.bench.baselines import Baselines
 from weightsync_client.bench.engine import Engine
@@ -28,6 +29,8 @@ _START_S = 120.0
 _CALL_S = 60.0
 _PUSH_S = 180.0
 _SWEEP_REPEATS = 3
+#: the series of raw NIXL writes by as many threads as copy in a push
+_THREADS = "raw_nixl_write_threads"
 _MEMORY = Path("/dev/shm")  # noqa: S108  a fresh folder in it
 
 
@@ -142,10 +145,10 @@ class _Loopback:
         figures.facts["engine"] = engine.wait_ready()
         cases: dict[str, Case] = {"push": lambda: push_seconds(trainer, engine)}
         if self._works("raw_nixl_write", lambda: baselines.open_raw(nbytes)):
-            cases["raw_nixl_write"] = lambda: {
-                "raw_nixl_write": baselines.write_raw(),
-                "raw_nixl_write_sleeping": baselines.write_raw(sleeping=True),
-            }
+            cases["raw_nixl_write"] = lambda: {"raw_nixl_write": baselines.write_raw()}
+        threads = copying_threads()
+        if threads > 1 and self._works(_THREADS, lambda: baselines.open_raw(nbytes, threads)):
+            cases[_THREADS] = lambda: {_THREADS: baselines.write_raw(threads, sleeping=True)}
         if self._works("gloo_broadcast", lambda: baselines.join("gloo", made["shapes"])):
             cases["gloo_broadcast"] = lambda: {"gloo_broadcast": baselines.broadcast()}
         cases["scan"] = lambda: trainer.ask("scan", timeout_s=_CALL_S, nbytes=nbytes)
@@ -164,7 +167,7 @@ class _Loopback:
             self._works("descriptors", lambda: self._sweep(baselines))
         if last and figures.descriptors:
             figures.notes.append("The raw writes in pieces wait as a push does, without a spin.")
-            link = "raw_nixl_write_sleeping"
+            link = _THREADS if _THREADS in figures.series else "raw_nixl_write"
             self._works("prediction", lambda: predict(figures, trainer, link))
         if last:
             figures.notes.append(
@@ -229,7 +232,7 @@ class _Loopback:
 
 #: series whose rate means something
 BYTES_MOVED = (
-    "push", "paused", "write", "fill", "commit", "raw_nixl_write", "raw_nixl_write_sleeping",
+    "push", "paused", "write", "fill", "commit", "raw_nixl_write", _THREADS,
     "scan", "gloo_broadcast",
     "safetensors_save", "safetensors_reload", "safetensors_save_and_reload",
 )  # fmt: skip
@@ -285,6 +288,7 @@ def judge(figures: Figures) -> None:
                 continue
             ratio = figures.set_ratio(f"{ours}_vs_{short}", ours, series)
             figures.targets.append(Target(f"{name}, of {text}", goal, ratio))
+    figures.set_ratio("write_vs_raw_nixl_threads", "write", _THREADS)
     figures.set_ratio("paused_vs_gloo_broadcast", "paused", "gloo_broadcast")
     figures.targets += targets(figures)
     cpu = figures.facts.get("cpu", {})

@@ -33,27 +33,34 @@ class Pair:
     def __init__(self, device: str, *, target: bool) -> None:
         self._device = torch.device(device)
         self._target = target
-        self._raw: RawNixl | None = None
+        self._raw: dict[int, RawNixl] = {}
         self._tensors: list[torch.Tensor] = []
         self._copies: tuple[torch.Tensor, torch.Tensor] | None = None
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
 
-    def open_raw(self, nbytes: int) -> dict[str, Any]:
-        """Make this end of a raw NIXL connection."""
-        self._raw = RawNixl(nbytes, self._device, target=self._target)
-        return self._raw.describe()
+    def open_raw(self, nbytes: int, threads: int) -> dict[str, Any]:
+        """Make this end of a raw NIXL connection that so many threads write over."""
+        raw = RawNixl(nbytes, self._device, target=self._target, threads=threads)
+        self._raw[threads] = raw
+        return raw.describe()
 
-    def connect_raw(self, metadata: str, addr: int) -> dict[str, Any]:
+    def connect_raw(self, metadata: str, addr: int, threads: int) -> dict[str, Any]:
         """Take in the target's end."""
-        self._opened().connect(metadata, addr)
+        self._opened(threads).connect(metadata, addr)
         return {}
 
     def write_raw(
-        self, nbytes: int, piece_nbytes: int, repeats: int = 1, *, sleeping: bool = False
+        self,
+        nbytes: int,
+        piece_nbytes: int,
+        repeats: int = 1,
+        *,
+        threads: int = 1,
+        sleeping: bool = False,
     ) -> dict[str, float]:
         """Median seconds of writing that many bytes in pieces."""
-        seconds = self._opened().write(nbytes, piece_nbytes, repeats, sleeping=sleeping)
+        seconds = self._opened(threads).write(nbytes, piece_nbytes, repeats, sleeping=sleeping)
         return {"seconds": statistics.median(seconds)}
 
     def join(self, backend: str, port: int, shapes: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -101,10 +108,10 @@ class Pair:
         self._synchronize(target.device)
         return {"seconds": time.perf_counter() - started}
 
-    def _opened(self) -> RawNixl:
-        if self._raw is None:
+    def _opened(self, threads: int) -> RawNixl:
+        if threads not in self._raw:
             raise RuntimeError("open_raw comes first")
-        return self._raw
+        return self._raw[threads]
 
     def _meet(self) -> None:
         dist.barrier(device_ids=[self._device.index or 0] if self._device.type == "cuda" else None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import time
 import uuid
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from weightsync.errors import DeadlineError
 from weightsync.slab import Slab
 from weightsync.transport.nixl import load_bindings
 from weightsync.transport.nixl_errors import is_done, translated
+from weightsync.transport.nixl_request import Threads
 
 _WRITE_S = 60.0
 _PROGRESS_US = 10_000
@@ -30,9 +32,12 @@ class RawNixl:
         nbytes: Of the slab.
         device: Where it lies.
         target: Whether this end is written to: it then makes progress by itself.
+        threads: That write at the same time, each with a UCX worker of its own.
     """
 
-    def __init__(self, nbytes: int, device: torch.device, *, target: bool) -> None:
+    def __init__(
+        self, nbytes: int, device: torch.device, *, target: bool, threads: int = 1
+    ) -> None:
         self._nixl = load_bindings()
         self._slab = Slab(nbytes, device)
         self._slab.data.fill_(1)
@@ -41,9 +46,13 @@ class RawNixl:
         config.useProgThread = target
         config.useListenThread = False
         config.pthrDelay = _PROGRESS_US
+        workers = 1 if target else threads
+        if workers > 1:
+            config.syncMode = self._nixl.NIXL_THREAD_SYNC_RW
+        self._threads = Threads(workers)
         with translated("starting a NIXL agent"):
             self._agent: Any = self._nixl.nixlAgent(f"raw-{uuid.uuid4().hex}", config)
-            self._agent.createBackend("UCX", {})
+            self._agent.createBackend("UCX", {"num_workers": str(workers)})
             memory = self._slab.memory
             rows = [(memory.addr, memory.nbytes, memory.device_id)]
             self._agent.registerMem(self._nixl.nixlRegDList(self._kind, _rows(rows)), [])
@@ -72,27 +81,36 @@ class RawNixl:
             TransportError: NIXL refuses.
             DeadlineError: It takes longer than a minute.
         """
+        share = -(-nbytes // self._threads.count)
+        handles: list[int] = []
+        with translated("a raw write", self._peer):
+            try:
+                for k in range(self._threads.count):
+                    part = range(k * share, min((k + 1) * share, nbytes), piece_nbytes)
+                    handles.append(self._threads.on(k, partial(self._prepare, part)))
+                return [self._write(handles, sleeping) for _ in range(repeats)]
+            finally:
+                for handle in handles:
+                    self._agent.releaseXferReq(handle)
+
+    def _prepare(self, part: range) -> int:
+        device = self._slab.memory.device_id
         here, there = (
             self._nixl.nixlXferDList(
                 self._kind,
-                _rows(
-                    [
-                        (addr + at, min(piece_nbytes, nbytes - at), self._slab.memory.device_id)
-                        for at in range(0, nbytes, piece_nbytes)
-                    ]
-                ),
+                _rows([(addr + at, min(part.step, part.stop - at), device) for at in part]),
             )
             for addr in (self._slab.memory.addr, self._remote_addr)
         )
-        agent, nixl, peer = self._agent, self._nixl, self._peer
-        with translated("a raw write", peer):
-            handle = agent.createXferReq(nixl.NIXL_WRITE, here, there, peer, b"", [])
-            try:
-                return [self._post(handle, sleeping) for _ in range(repeats)]
-            finally:
-                agent.releaseXferReq(handle)
+        write = self._nixl.NIXL_WRITE
+        return int(self._agent.createXferReq(write, here, there, self._peer, b"", []))
 
-    def _post(self, handle: Any, sleeping: bool) -> float:
+    def _write(self, handles: list[int], sleeping: bool) -> float:
+        started = time.perf_counter()
+        self._threads.each([partial(self._post, handle, sleeping) for handle in handles])
+        return time.perf_counter() - started
+
+    def _post(self, handle: int, sleeping: bool) -> None:
         started = time.perf_counter()
         done = is_done(self._agent.postXferReq(handle, b"").name, self._peer)
         while not done:
@@ -101,7 +119,6 @@ class RawNixl:
             if sleeping:
                 time.sleep(_SLEEP_S)
             done = is_done(self._agent.getXferStatus(handle).name, self._peer)
-        return time.perf_counter() - started
 
 
 def _rows(rows: list[tuple[int, int, int]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
