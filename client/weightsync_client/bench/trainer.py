@@ -141,12 +141,17 @@ class Trainer:
         return {"copy": statistics.median(seconds)}
 
     def scan(self, nbytes: int) -> dict[str, float]:
-        """Check and digest that many bytes of bfloat16, of which none is near: ``scan`` seconds."""
+        """Check and digest that many bytes of bfloat16, of which none is near: ``scan`` seconds.
+
+        They are in as many pieces as the model has tensors.
+        """
         if self._scanned is None or self._scanned.nbytes != nbytes // 2 * 2:
             self._scanned = torch.ones(nbytes // 2, dtype=torch.bfloat16, device=self._device)
+        count = len(list(self._model.parameters()))
+        pieces = [piece.view(torch.uint8) for piece in self._scanned.chunk(count)]
         self._synchronize()
         started = time.perf_counter()
-        scan([self._scanned.view(torch.uint8)], [self._scanned.dtype])
+        scan(pieces, [torch.bfloat16] * len(pieces))
         return {"scan": time.perf_counter() - started}
 
     def forecast(self, nic_gbps: float, write_s: float, fill_nbytes_per_s: float) -> dict[str, Any]:
