@@ -21,6 +21,7 @@ COMMAND = [sys.executable, "-c", "from weightsync_client.cli import main; main()
 PHASES = ("fill", "pause", "begin", "write", "commit", "resume")
 BASELINES = {
     "write_vs_raw_nixl": ("write", "raw_nixl_write"),
+    "write_vs_raw_nixl_threads": ("write", "raw_nixl_write_threads"),
     "write_vs_gloo_broadcast": ("write", "gloo_broadcast"),
     "paused_vs_gloo_broadcast": ("paused", "gloo_broadcast"),
     "push_vs_gloo_broadcast": ("push", "gloo_broadcast"),
@@ -76,13 +77,13 @@ def test_json_has_every_phase_and_ratio_computed_from_the_medians(environ, tmp_p
         # the same bytes: the ratio of the rates is that of the seconds, turned round
         expected = seconds[theirs]["median"] / seconds[ours]["median"]
         assert said["ratios"][name] == pytest.approx(expected)
-    assert [target["met"] is not None for target in said["targets"]] == [True] * 9
+    assert [target["met"] is not None for target in said["targets"]] == [True] * 8
     assert [row["what"] for row in said["predicted"]] == ["fill", "write"]
     assert all(row["predicted"] > 0 and row["measured"] > 0 for row in said["predicted"])
     cpu = said["cpu"]
     assert cpu["tensors"] == 399
     assert 0 < cpu["python_s_per_push"] < 1
-    assert 0 < cpu["write_cpu_s_per_s"] < 1.5
+    assert 0 < cpu["write_cpu_s_per_s"] < 5
     sizes = [row["nbytes"] for row in said["descriptors"]]
     assert sizes == sorted(sizes)
     assert [row["count"] for row in said["descriptors"]][-1] == 1

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from weightsync.digest import scan
+from weightsync.digest import Scan
 from weightsync.errors import NoSessionError
 from weightsync.forecast import forecast
 from weightsync.lines import serve
@@ -34,7 +34,7 @@ _COPY_REPEATS = 5
 
 
 class _CpuClock(NoProgress):
-    """CPU seconds of the pushing thread, by phase of the last push."""
+    """CPU seconds of the process, by phase of the last push."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -42,11 +42,11 @@ class _CpuClock(NoProgress):
 
     def started(self, phase: str, version: int) -> None:
         """The clock starts."""
-        self._at = time.thread_time()
+        self._at = time.process_time()
 
     def ended(self, phase: str, version: int, push_id: str, seconds: float, nbytes: int) -> None:
         """The clock stops."""
-        self.seconds[phase] = time.thread_time() - self._at
+        self.seconds[phase] = time.process_time() - self._at
 
 
 class Trainer:
@@ -58,7 +58,7 @@ class Trainer:
         self._model: Any = None
         self._publisher: Publisher | None = None
         self._clock = _CpuClock()
-        self._scanned: torch.Tensor | None = None
+        self._scan: Scan | None = None
         self._quantization: QuantizationSpec | None = None
         self._mode: PushMode = "direct"
         self._zero_copy_bytes: int | None = None
@@ -143,15 +143,16 @@ class Trainer:
     def scan(self, nbytes: int) -> dict[str, float]:
         """Check and digest that many bytes of bfloat16, of which none is near: ``scan`` seconds.
 
-        They are in as many pieces as the model has tensors.
+        They are in about as many pieces as the model has tensors.
         """
-        if self._scanned is None or self._scanned.nbytes != nbytes // 2 * 2:
-            self._scanned = torch.ones(nbytes // 2, dtype=torch.bfloat16, device=self._device)
-        count = len(list(self._model.parameters()))
-        pieces = [piece.view(torch.uint8) for piece in self._scanned.chunk(count)]
+        if self._scan is None:
+            values = torch.ones(nbytes // 2, dtype=torch.bfloat16, device=self._device)
+            share = nbytes // 2 // len(list(self._model.parameters()))
+            pieces = [p.view(torch.uint8) for p in values.split(max(share // 64, 1) * 64)]
+            self._scan = Scan(pieces, [torch.bfloat16] * len(pieces))
         self._synchronize()
         started = time.perf_counter()
-        scan(pieces, [torch.bfloat16] * len(pieces))
+        self._scan.run()
         return {"scan": time.perf_counter() - started}
 
     def forecast(self, nic_gbps: float, write_s: float, fill_nbytes_per_s: float) -> dict[str, Any]:

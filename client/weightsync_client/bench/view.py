@@ -119,9 +119,9 @@ def _predicted(answer: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 def _cpu(answer: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     cpu = answer.get("cpu", {})
     if "write_cpu_s_per_s" in cpu:
-        yield "CPU seconds a second of writing, pushing thread", f"{cpu['write_cpu_s_per_s']:.2f}"
+        yield "CPU seconds a second of writing", f"{cpu['write_cpu_s_per_s']:.2f}"
     if "python_s_per_push" in cpu:
-        what = f"Python a push, {cpu['tensors']} tensors of a few kilobytes"
+        what = f"CPU of the pushing thread, {cpu['tensors']} tensors of a few kilobytes"
         yield f"{what}, pushes {cpu['first']}", human_seconds(cpu["python_s_first"])
         yield f"{what}, pushes {cpu['last']}", human_seconds(cpu["python_s_last"])
 
