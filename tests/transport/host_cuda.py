@@ -113,9 +113,9 @@ class HostCarrier(InMemoryTransport):
 class HostEnd(CudaIpcTransport):
     """As if each end were in a process of its own, and all of its writes from GPU to GPU."""
 
-    def metadata(self) -> bytes:
+    def metadata(self, of=None) -> bytes:
         with patch.object(cuda_ipc, "_PROCESS", self.name):
-            return super().metadata()
+            return super().metadata(of)
 
     def prepare(self, peer, ops, *, local=GPU, remote=GPU):
         return super().prepare(peer, ops, local=local, remote=remote)

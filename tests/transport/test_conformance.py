@@ -126,6 +126,35 @@ def test_one_prepared_write_carries_new_bytes_and_a_new_message_each_time(wire, 
     assert not target.notifications()
 
 
+def test_metadata_of_some_memory_opens_no_other_until_all_of_it_comes(wire):
+    writer, target = wire.end(), wire.end()
+    src, dst, other = (wire.memory(end, 1000) for end in (writer, target, target))
+    kind = "VRAM" if wire.kind.startswith("cuda_ipc") else "DRAM"
+    told = [LocalMemory(dst.ctypes.data, 1000, kind)]
+    peer = writer.add_peer(target.metadata(told))
+    src[:] = 7
+    first = writer.prepare(peer, [whole(src, dst)])
+    with pytest.raises(TransportError):
+        writer.prepare(peer, [whole(src, other)])
+    assert writer.add_peer(target.metadata()) == peer
+    for write in (first, writer.prepare(peer, [whole(src, other)])):
+        writer.post(write, b"v1")
+        writer.wait([write], timeout_s=10)
+    assert (dst == 7).all()
+    assert (other == 7).all()
+
+
+def test_one_that_tells_of_no_memory_can_be_a_peer(wire):
+    writer, target = wire.end(), wire.end()
+    src, dst = wire.memory(writer, 1000), wire.memory(target, 1000)
+    assert target.add_peer(writer.metadata(())) == writer.name
+    write = writer.prepare(writer.add_peer(target.metadata()), [whole(src, dst)])
+    writer.post(write, b"v1")
+    writer.wait([write], timeout_s=10)
+    assert wire.receive(target, 1) == {writer.name: [b"v1"]}
+    target.remove_peer(writer.name)
+
+
 def test_who_sees_the_notification_sees_all_bytes(wire):
     writer, target = wire.end(), wire.end()
     src, dst = wire.memory(writer, 8 * MIB), wire.memory(target, 8 * MIB)

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from tests.transport.host_cuda import GPU, HostCarrier, HostCuda, HostEnd
-from weightsync.errors import DeadlineError
+from weightsync.errors import DeadlineError, TransportError
 from weightsync.transport import CudaIpcTransport, Fabric, LocalMemory, WriteOp, cuda_ipc
+from weightsync.transport.base import DRAM
+from weightsync.transport.cuda_driver import Allocation
 
 NBYTES = 10_000
 
@@ -154,6 +156,30 @@ def test_what_cannot_be_mapped_is_the_carriers(pair, cuda, caplog):
     assert pair.arrives(write)
 
 
+def test_the_carrier_hears_of_mapped_memory_only_where_it_has_to_write_there(pair, cuda):
+    op = WriteOp(pair.src.ctypes.data, pair.dst.ctypes.data, NBYTES)
+    assert pair.arrives(pair.prepare())
+    with pytest.raises(TransportError, match="do not lie in one registered interval"):
+        pair.writer._carrier.prepare(pair.peer, [op])
+    with pair.writer.prepare(pair.peer, [op], local=DRAM) as write:  # as if from the host
+        assert not isinstance(write, cuda_ipc._Write)
+
+
+def test_memory_beside_what_is_registered_is_refused_though_it_is_mapped_with_it(pair, cuda):
+    array = np.zeros(3 * NBYTES, np.uint8)
+    middle = LocalMemory(array.ctypes.data + NBYTES, NBYTES, "VRAM", 0)
+    pair.target.register([middle])
+    around = Allocation(array.ctypes.data, array.nbytes, b"%d" % array.ctypes.data)
+    with patch("weightsync.transport.cuda_driver.export", lambda _: (around,)):
+        pair.writer.add_peer(pair.target.metadata([middle]))
+    for at in (NBYTES - 1, NBYTES + 1):
+        op = WriteOp(pair.src.ctypes.data, array.ctypes.data + at, NBYTES)
+        with pytest.raises(TransportError, match="do not lie in one registered interval"):
+            pair.writer.prepare(pair.peer, [op])
+    op = WriteOp(pair.src.ctypes.data, middle.addr, NBYTES)
+    assert isinstance(pair.writer.prepare(pair.peer, [op]), cuda_ipc._Write)
+
+
 def test_another_host_or_namespace_of_pids_is_the_carriers(pair):
     with patch.object(cuda_ipc, "neighbourhood", lambda: "elsewhere"):
         pair.writer.add_peer(pair.metadata)
@@ -182,4 +208,4 @@ def test_one_that_only_writes_hands_nothing_out(cuda):
     carrier = HostCarrier(Fabric())
     with HostEnd(carrier, exports=False) as end:
         end.register([LocalMemory(array.ctypes.data, 100, GPU.kind, 0)])
-        assert end.metadata() == carrier.metadata()
+        assert end.metadata() == carrier.metadata(()) != carrier.metadata()

@@ -90,8 +90,13 @@ class Transport(Closing):
         """
 
     @abc.abstractmethod
-    def metadata(self) -> bytes:
-        """What a peer needs to reach this end: to be asked for after the last ``register``."""
+    def metadata(self, of: Sequence[LocalMemory] | None = None) -> bytes:
+        """What a peer needs to reach this end: to be asked for after the last ``register``.
+
+        Args:
+            of: Tell of this memory alone, which is of one kind and was registered as it is; None:
+                of all that is registered.  An end that nobody writes to tells of none.
+        """
 
     @abc.abstractmethod
     def add_peer(self, metadata: bytes) -> str:

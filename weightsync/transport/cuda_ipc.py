@@ -9,12 +9,12 @@ A small write to a *pad* of host memory follows every such write with the carrie
 copies have completed on the device, and it carries the notification.  So a peer sees that only
 after all bytes (WS-2), and a peer that is gone, stopped or has deregistered is noticed as the
 carrier notices it; its memory is not shut by deregistering, though: an abort waits for writers of
-the host to let go (WS-8).  The carrier never writes to the GPU memory itself: UCX would map it,
-too, and keep a dead engine's memory from the next one until this process ends.
+the host to let go (WS-8).  The carrier hears nothing of the GPU memory itself: UCX maps what it
+hears of, and keeps a dead engine's memory from the next one until this process ends.
 
-Whatever cannot be mapped goes with the carrier alone: another host, host memory, expandable
-segments.  So does what is written from another namespace of pids: nobody could tell when that
-writer has ended.
+Whatever cannot be mapped goes with the carrier alone, which is told of all memory then: another
+host, host memory, expandable segments.  So does what is written from another namespace of pids:
+nobody could tell when that writer has ended.
 """
 
 from __future__ import annotations
@@ -24,15 +24,12 @@ import os
 import threading
 import time
 import uuid
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 import torch
 
-from weightsync import codec
-from weightsync.errors import DeadlineError, InputError, TransferFailedError, TransportError
+from weightsync.errors import DeadlineError, TransferFailedError, TransportError
 from weightsync.process import neighbourhood
 from weightsync.transport import cuda_driver, refusals
 from weightsync.transport.base import (
@@ -44,14 +41,15 @@ from weightsync.transport.base import (
     Transport,
     WriteOp,
 )
-from weightsync.transport.cuda_driver import Allocation, Batch
+from weightsync.transport.cuda_driver import Batch
+from weightsync.transport.cuda_offer import Offer
+from weightsync.transport.registry import RegisteredMemory
 
 logger = logging.getLogger(__name__)
 
 #: ``0`` in the environment of either end: its carrier writes everything
 SWITCH = "WEIGHTSYNC_CUDA_IPC"
 
-_MAGIC = b"weightsync-cuda-ipc-1:"
 #: of the write that tells of another one's end
 _PAD_NBYTES = 64
 #: a number of a process may be another's, too, in another container
@@ -62,22 +60,13 @@ _POLL_MAX_S = 100e-6
 _CLOSE_S = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Offer:
-    carrier: bytes
-    near: str
-    process: str
-    allocations: tuple[Allocation, ...]
-    pad: int
-
-
 class _Registration(Registration):
     def __init__(
         self,
         owner: CudaIpcTransport,
         memory: list[LocalMemory],
         pad: torch.Tensor,
-        of: Registration,
+        of: Sequence[Registration],
     ) -> None:
         self.memory = memory
         self.pad = pad
@@ -86,7 +75,8 @@ class _Registration(Registration):
 
     def close(self) -> None:
         self._owner.forget(self)
-        self._of.close()
+        for each in self._of:
+            each.close()
 
 
 class _Write(PreparedWrite):
@@ -131,7 +121,7 @@ class CudaIpcTransport(Transport):
 
     Args:
         carrier: Owned; it has the name.
-        exports: Whether others may map what it registers.
+        exports: Whether others write here; else they hear of no memory.
         environ: For tests.
     """
 
@@ -145,10 +135,13 @@ class CudaIpcTransport(Transport):
         self.name = carrier.name
         self._carrier = carrier
         self._off = environ.get(SWITCH) == "0"
-        self._exports = exports and not self._off
+        self._exports = exports
         self._lock = threading.RLock()
         self._registered: list[_Registration] = []
-        self._offers: dict[str, _Offer] = {}
+        self._memory = RegisteredMemory()
+        self._offers: dict[str, Offer] = {}
+        #: those of which the carrier knows all
+        self._whole: set[str] = set()
         self._maps: dict[str, dict[tuple[int, int], int]] = {}
         self._writes: set[_Write] = set()
         #: of each peer, so that copies to several go at the same time
@@ -160,44 +153,46 @@ class CudaIpcTransport(Transport):
         if not on_gpus:
             return self._carrier.register(memory)
         pad = torch.zeros(_PAD_NBYTES, dtype=torch.uint8)
-        of = self._carrier.register([*memory, LocalMemory(pad.data_ptr(), _PAD_NBYTES)])
+        of = [self._carrier.register(memory), self._carrier.register([_whole_of(pad)])]
         registration = _Registration(self, on_gpus, pad, of)
         with self._lock:
             self._registered.append(registration)
+            self._memory.add(on_gpus)
         return registration
 
     def forget(self, registration: _Registration) -> None:
         """Hand its memory out no more."""
         with self._lock:
             self._registered.remove(registration)
+            self._memory.remove(registration.memory)
 
-    def metadata(self) -> bytes:
+    def metadata(self, of: Sequence[LocalMemory] | None = None) -> bytes:
         """See :meth:`Transport.metadata`: the carrier's, and handles where there is GPU memory."""
-        carrier = self._carrier.metadata()
+        if not self._exports:
+            return self._carrier.metadata(())
+        whole = self._carrier.metadata(of)
         near = neighbourhood()
         with self._lock:
             registered = list(self._registered)
-        memory = [one for each in registered for one in each.memory]
-        if not self._exports or near is None or not (allocations := cuda_driver.export(memory)):
-            return carrier
-        pad = registered[0].pad.data_ptr()
-        return _MAGIC + codec.pack(_Offer(carrier, near, _PROCESS, allocations, pad)).encode()
+        memory = [one for each in registered for one in each.memory if of is None or one in of]
+        if self._off or near is None or not (allocations := cuda_driver.export(memory)):
+            return whole
+        pad = registered[0].pad
+        carrier = self._carrier.metadata([_whole_of(pad)])
+        at = pad.data_ptr()
+        return Offer(carrier, whole, near, _PROCESS, allocations, tuple(memory), at).packed()
 
     def add_peer(self, metadata: bytes) -> str:
         """See :meth:`Transport.add_peer`."""
-        if not metadata.startswith(_MAGIC):
+        offer = Offer.of(metadata)
+        if offer is None:
             return self._carrier.add_peer(metadata)
-        try:
-            offer = codec.unpack(metadata[len(_MAGIC) :].decode("ascii", "replace"), _Offer)
-        except InputError as error:
-            raise TransportError(
-                f"{len(metadata)} bytes are no metadata of weightsync, or are damaged",
-                hint="hand over what the peer's metadata() returned, unchanged",
-            ) from error
+        if self._off or offer.near != neighbourhood():
+            return self._carrier.add_peer(offer.whole)
         peer = self._carrier.add_peer(offer.carrier)
         with self._lock:
-            if offer.near == neighbourhood() and not self._off:
-                self._offers[peer] = offer
+            self._offers[peer] = offer
+            self._whole.discard(peer)
         return peer
 
     def remove_peer(self, peer: str) -> None:
@@ -206,6 +201,7 @@ class CudaIpcTransport(Transport):
             for write in [write for write in self._writes if write.peer == peer]:
                 self.release(write)
             self._offers.pop(peer, None)
+            self._whole.discard(peer)
             self._streams = {at: s for at, s in self._streams.items() if at[0] != peer}
             for (device, _), addr in self._maps.pop(peer, {}).items():
                 with torch.cuda.device(device), suppress(TransportError):
@@ -216,39 +212,45 @@ class CudaIpcTransport(Transport):
         self, peer: str, ops: Sequence[WriteOp], *, local: Side = DRAM, remote: Side = DRAM
     ) -> PreparedWrite:
         """See :meth:`Transport.prepare`."""
-        whole = self._carrier.prepare(peer, ops, local=local, remote=remote)  # and checks all
         with self._lock:
             offer = self._offers.get(peer)
-            on_gpus = local.kind == remote.kind == "VRAM"
-            if offer is None or not on_gpus or not whole.nbytes:
-                return whole
-            pad = self._registered[0].pad.data_ptr()
-            try:
-                with torch.cuda.device(local.device_id):
-                    copies = self._mapped(peer, offer, ops)
-                    stream = self._streams.setdefault((peer, local.device_id), torch.cuda.Stream())
-            except TransportError as error:
-                logger.warning("%s; the carrier writes to %s instead", error, peer)
-                return whole
-            whole.close()
-            end = self._carrier.prepare(peer, [WriteOp(pad, offer.pad, _PAD_NBYTES)])
-            write = _Write(self, stream, copies, end)
-            self._writes.add(write)
-            logger.info("CUDA IPC to %s: %d copies", peer, write.descriptors)
-            return write
+            if offer is None or remote.kind != "VRAM":
+                return self._carrier.prepare(peer, ops, local=local, remote=remote)
+            if local.kind == "VRAM" and ops:
+                parts = ((op.local_addr, op.nbytes) for op in ops)
+                self._memory.check("local", local, peer, parts)
+                offer.check(peer, remote, ops)
+                try:
+                    with torch.cuda.device(local.device_id):
+                        copies = self._mapped(peer, offer, ops)
+                except TransportError as error:
+                    logger.warning("%s; the carrier writes to %s instead", error, peer)
+                else:
+                    return self._followed(peer, offer, copies, local.device_id)
+            if peer not in self._whole:
+                self._carrier.add_peer(offer.whole)
+                self._whole.add(peer)
+            return self._carrier.prepare(peer, ops, local=local, remote=remote)
 
-    def _mapped(self, peer: str, offer: _Offer, ops: Sequence[WriteOp]) -> Batch:
+    def _followed(self, peer: str, offer: Offer, copies: Batch, device: int) -> _Write:
+        """These copies, and the carrier's write behind them."""
+        with torch.cuda.device(device):
+            stream = self._streams.setdefault((peer, device), torch.cuda.Stream())
+        pad = self._registered[0].pad.data_ptr()
+        end = self._carrier.prepare(peer, [WriteOp(pad, offer.pad, _PAD_NBYTES)])
+        write = _Write(self, stream, copies, end)
+        self._writes.add(write)
+        logger.info("CUDA IPC to %s: %d copies", peer, write.descriptors)
+        return write
+
+    def _mapped(self, peer: str, offer: Offer, ops: Sequence[WriteOp]) -> Batch:
         """The copies that the current device makes."""
         device = torch.cuda.current_device()
         cuda_driver.check_version()
-        bases = [each.base for each in offer.allocations]
         known = self._maps.setdefault(peer, {})
         to = []
         for op in ops:
-            k = bisect_right(bases, op.remote_addr) - 1
-            found = offer.allocations[k] if k >= 0 else None
-            if found is None or op.remote_addr + op.nbytes > found.base + found.nbytes:
-                raise TransportError(f"{op.remote_addr:#x} is in no memory that can be mapped")
+            found = offer.allocation(op)
             here = found.base
             if offer.process != _PROCESS:
                 if (device, found.base) not in known:
@@ -382,3 +384,7 @@ def _has_copied(write: _Write) -> bool:
             hint="CUDA refuses all later calls of this process after most errors: look at its log",
             peer=write.peer,
         ) from error
+
+
+def _whole_of(pad: torch.Tensor) -> LocalMemory:
+    return LocalMemory(pad.data_ptr(), _PAD_NBYTES)

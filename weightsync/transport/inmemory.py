@@ -158,11 +158,12 @@ class InMemoryTransport(Transport):
         self._registered.remove(memory)
         self._memory.difference_update(memory)
 
-    def metadata(self) -> bytes:
+    def metadata(self, of: Sequence[LocalMemory] | None = None) -> bytes:
         """See :meth:`Transport.metadata`."""
         with self.fabric.lock:
             self._refuse_closed()
-            memory = tuple(sorted((one.addr, one.nbytes) for one in self._memory))
+            told = self._memory if of is None else of
+            memory = tuple(sorted((one.addr, one.nbytes) for one in told))
             return codec.pack(_Metadata(self.fabric.id, self.name, memory)).encode()
 
     def add_peer(self, metadata: bytes) -> str:

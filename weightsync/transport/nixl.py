@@ -186,11 +186,22 @@ class NixlTransport(Transport):
                 self._registrations.remove(registration)
                 self._deregister(registration)
 
-    def metadata(self) -> bytes:
-        """See :meth:`Transport.metadata`."""
+    def metadata(self, of: Sequence[LocalMemory] | None = None) -> bytes:
+        """See :meth:`Transport.metadata`.
+
+        A peer's UCX maps GPU memory of its host as soon as it hears of it, and keeps it mapped
+        until its process ends, whatever becomes of this one.
+        """
         with self._lock, translated("reading the metadata"):
             self._refuse_closed()
-            blob: bytes = self._agent.getLocalMD()
+            blob: bytes
+            if of is None:
+                blob = self._agent.getLocalMD()
+            else:
+                kind = of[0].kind if of else "DRAM"
+                told = rows([(one.addr, one.nbytes, one.device_id) for one in of])
+                descriptors = self._nixl.nixlRegDList(segment(self._nixl, kind), told)
+                blob = self._agent.getLocalPartialMD(descriptors, True, [])
         return _MAGIC + zlib.crc32(blob).to_bytes(4, "big") + blob
 
     def add_peer(self, metadata: bytes) -> str:

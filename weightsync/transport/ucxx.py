@@ -142,11 +142,13 @@ class UcxxTransport(Transport):
                 )
             registration.intervals = ()
 
-    def metadata(self) -> bytes:
+    def metadata(self, of: Sequence[LocalMemory] | None = None) -> bytes:
         """See :meth:`Transport.metadata`; who has it may write here."""
         with self.lock:
             self._refuse_closed()
-            mine = tuple(sorted(self._target.intervals.values(), key=order))
+            told = None if of is None else {(one.addr, one.nbytes) for one in of}
+            all_of_it = sorted(self._target.intervals.values(), key=order)
+            mine = tuple(i for i in all_of_it if told is None or (i.addr, i.nbytes) in told)
             metadata = _Metadata(self.name, self._wire.address, self._target.key, mine)
             return codec.pack(metadata).encode()
 
