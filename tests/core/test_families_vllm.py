@@ -68,3 +68,11 @@ def test_the_declared_layout_is_what_vllm_s_own_loader_does(case: str) -> None:
     answer = answers()[case]
     assert answer["copies"] > 10
     assert answer["found"] == []
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "-bf16-" in case])
+def test_a_commit_renews_the_attention_that_is_made_of_weights_and_no_other(case: str) -> None:
+    answer = answers()[case]
+    assert answer["attention"] > 0
+    of_weights = case.startswith("deepseek")  # MLA
+    assert answer["renewed"] == (answer["attention"] if of_weights else 0)

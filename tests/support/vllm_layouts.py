@@ -39,6 +39,8 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from weightsync.families import EngineGrid, ModelConfig, declare, engine_layouts
 from weightsync.geometry import dst_runs, grid, strided_copy
 from weightsync.layout import CopyRecord, WorkerPlace
+from weightsync_server.engines import vllm_compat
+from weightsync_server.engines.vllm import sees_weights
 from weightsync_server.receiver.tracer import Trace, trace
 
 _CACHE_SCALES = tuple(f".attn.{x}_scale" for x in ("q", "k", "v", "prob"))
@@ -182,7 +184,16 @@ def main() -> None:
                         twin = initialize_model(vllm_config=vllm_config)
                     traced = trace(twin, lambda m, w: m.load_weights(w), model.manifest)
                 found += [f"{layout.place}: {d}" for d in differences(layout, twin, traced)]
-        answers.append({"workers": engine.workers, "copies": len(traced.copies), "found": found})
+        attention = [m for m in twin.modules() if vllm_compat.is_attention(m)]
+        answers.append(
+            {
+                "workers": engine.workers,
+                "copies": len(traced.copies),
+                "found": found,
+                "attention": len(attention),
+                "renewed": sum(map(sees_weights, attention)),
+            }
+        )
     print(json.dumps(answers))
 
 

@@ -137,12 +137,21 @@ class VllmAdapter(EngineAdapter):
 
     @cached_property
     def _attention(self) -> list[nn.Module]:
-        """Found once: a model keeps its modules, and the engine stands still in a refresh."""
-        return [module for module in self.live.modules() if vllm_compat.is_attention(module)]
+        """What is to be renewed.
+
+        Found once: a model keeps its modules, and the engine stands still in a refresh.
+        """
+        return [
+            module
+            for module in self.live.modules()
+            if vllm_compat.is_attention(module) and sees_weights(module)
+        ]
 
     @override
     def refresh(self) -> None:
         # attention layers keep tensors derived from others' weights (MLA's absorbed projections)
+        if not self._attention:
+            return
         dtype = self._config.model_config.dtype
         with self._as_loading():
             for module in self._attention:
@@ -177,6 +186,24 @@ class VllmAdapter(EngineAdapter):
         if load_format in _ON_DISK and any(folder.glob("*.safetensors")):
             return folder
         return None
+
+
+def sees_weights(attention: nn.Module) -> bool:
+    """Whether what post-processes an attention layer may compute anything from weights.
+
+    It may where the layer or its backend holds some: MLA's projections, sinks, scales of a cache.
+    Where neither does it sets constants, with four launches for each layer on a GPU.
+    """
+    backend = list(getattr(getattr(attention, "impl", None), "__dict__", {}).values())
+    return any(map(_has_weights, [attention, *vars(attention).values(), *backend])) or any(
+        isinstance(value, torch.Tensor) and value.numel() > 1 for value in backend
+    )
+
+
+def _has_weights(value: object) -> bool:
+    if isinstance(value, nn.Module):
+        return next(value.parameters(), None) is not None
+    return isinstance(value, nn.Parameter)
 
 
 def wants_plain() -> bool:
