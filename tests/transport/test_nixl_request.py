@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from types import SimpleNamespace
 
@@ -178,6 +179,21 @@ def test_parts_that_cannot_be_released_are_tried_again_alone(make, agent):
     request.release()
     request.release()
     assert agent.released == [1, 3, 2]
+
+
+def test_ctrl_c_comes_when_all_have_ended(threads):
+    ended = threading.Event()
+
+    def interrupts():
+        signal.raise_signal(signal.SIGINT)
+
+    def takes_longer():
+        threading.Event().wait(0.2)
+        ended.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        threads.each([takes_longer, interrupts])
+    assert ended.is_set()
 
 
 def test_a_part_that_fails_is_told_when_the_others_have_ended(threads):

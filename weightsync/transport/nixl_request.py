@@ -56,7 +56,10 @@ class Threads:
         if not self._each:
             return [call() for call in calls]
         running = [self._each[k % self.count].submit(call) for k, call in enumerate(calls)]
-        wait(running)
+        try:
+            wait(running)
+        finally:  # Ctrl-C, too, comes after what they do with memory that is about to be let go
+            wait(running)
         return [one.result() for one in running]
 
     def close(self) -> None:
