@@ -165,6 +165,19 @@ def test_the_carrier_hears_of_mapped_memory_only_where_it_has_to_write_there(pai
         assert not isinstance(write, cuda_ipc._Write)
 
 
+def test_host_memory_beside_a_gpu_s_is_the_carriers_from_the_start(pair):
+    beside = np.zeros(NBYTES, np.uint8)
+    pair.target.register([LocalMemory(beside.ctypes.data, NBYTES)])
+    assert pair.writer.add_peer(pair.target.metadata()) == pair.peer
+    op = WriteOp(pair.src.ctypes.data, beside.ctypes.data, NBYTES)
+    write = pair.writer.prepare(pair.peer, [op], remote=DRAM)
+    pair.writer.post(write, b"v1")
+    pair.writer.wait([write], timeout_s=5)
+    assert np.array_equal(pair.src, beside)
+    with pytest.raises(TransportError, match="do not lie in one registered interval"):
+        pair.writer._carrier.prepare(pair.peer, [WriteOp(op.local_addr, pair.dst.ctypes.data, 1)])
+
+
 def test_memory_beside_what_is_registered_is_refused_though_it_is_mapped_with_it(pair, cuda):
     array = np.zeros(3 * NBYTES, np.uint8)
     middle = LocalMemory(array.ctypes.data + NBYTES, NBYTES, "VRAM", 0)

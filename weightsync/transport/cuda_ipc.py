@@ -62,21 +62,15 @@ _CLOSE_S = 10.0
 
 class _Registration(Registration):
     def __init__(
-        self,
-        owner: CudaIpcTransport,
-        memory: list[LocalMemory],
-        pad: torch.Tensor,
-        of: Sequence[Registration],
+        self, owner: CudaIpcTransport, memory: Sequence[LocalMemory], of: Registration
     ) -> None:
         self.memory = memory
-        self.pad = pad
         self._owner = owner
         self._of = of
 
     def close(self) -> None:
         self._owner.forget(self)
-        for each in self._of:
-            each.close()
+        self._of.close()
 
 
 class _Write(PreparedWrite):
@@ -138,6 +132,8 @@ class CudaIpcTransport(Transport):
         self._exports = exports
         self._lock = threading.RLock()
         self._registered: list[_Registration] = []
+        #: of the host's memory; registered as long as this end lives
+        self._pad: torch.Tensor | None = None
         self._memory = RegisteredMemory()
         self._offers: dict[str, Offer] = {}
         #: those of which the carrier knows all
@@ -149,22 +145,22 @@ class CudaIpcTransport(Transport):
 
     def register(self, memory: Sequence[LocalMemory]) -> Registration:
         """See :meth:`Transport.register`."""
-        on_gpus = [one for one in memory if one.kind == "VRAM"]
-        if not on_gpus:
-            return self._carrier.register(memory)
-        pad = torch.zeros(_PAD_NBYTES, dtype=torch.uint8)
-        of = [self._carrier.register(memory), self._carrier.register([_whole_of(pad)])]
-        registration = _Registration(self, on_gpus, pad, of)
+        registration = _Registration(self, memory, self._carrier.register(memory))
         with self._lock:
+            if self._pad is None and any(one.kind == "VRAM" for one in memory):
+                pad = torch.zeros(_PAD_NBYTES, dtype=torch.uint8)
+                self._carrier.register([_whole_of(pad)])
+                self._pad = pad
             self._registered.append(registration)
-            self._memory.add(on_gpus)
+            self._memory.add(memory)
         return registration
 
     def forget(self, registration: _Registration) -> None:
         """Hand its memory out no more."""
         with self._lock:
-            self._registered.remove(registration)
-            self._memory.remove(registration.memory)
+            if registration in self._registered:
+                self._registered.remove(registration)
+                self._memory.remove(registration.memory)
 
     def metadata(self, of: Sequence[LocalMemory] | None = None) -> bytes:
         """See :meth:`Transport.metadata`: the carrier's, and handles where there is GPU memory."""
@@ -173,14 +169,16 @@ class CudaIpcTransport(Transport):
         whole = self._carrier.metadata(of)
         near = neighbourhood()
         with self._lock:
-            registered = list(self._registered)
-        memory = [one for each in registered for one in each.memory if of is None or one in of]
-        if self._off or near is None or not (allocations := cuda_driver.export(memory)):
+            registered, pad = list(self._registered), self._pad
+        told = [one for each in registered for one in each.memory if of is None or one in of]
+        memory = tuple(one for one in told if one.kind == "VRAM")
+        allocations = cuda_driver.export(memory)
+        if self._off or near is None or pad is None or not allocations:
             return whole
-        pad = registered[0].pad
-        carrier = self._carrier.metadata([_whole_of(pad)])
+        on_host = [one for one in told if one.kind == "DRAM"]
+        carrier = self._carrier.metadata([*on_host, _whole_of(pad)])
         at = pad.data_ptr()
-        return Offer(carrier, whole, near, _PROCESS, allocations, tuple(memory), at).packed()
+        return Offer(carrier, whole, near, _PROCESS, allocations, memory, at).packed()
 
     def add_peer(self, metadata: bytes) -> str:
         """See :meth:`Transport.add_peer`."""
@@ -216,7 +214,7 @@ class CudaIpcTransport(Transport):
             offer = self._offers.get(peer)
             if offer is None or remote.kind != "VRAM":
                 return self._carrier.prepare(peer, ops, local=local, remote=remote)
-            if local.kind == "VRAM" and ops:
+            if local.kind == "VRAM" and ops and self._pad is not None:
                 parts = ((op.local_addr, op.nbytes) for op in ops)
                 self._memory.check("local", local, peer, parts)
                 offer.check(peer, remote, ops)
@@ -226,18 +224,19 @@ class CudaIpcTransport(Transport):
                 except TransportError as error:
                     logger.warning("%s; the carrier writes to %s instead", error, peer)
                 else:
-                    return self._followed(peer, offer, copies, local.device_id)
+                    return self._followed(peer, offer, copies, self._pad, local.device_id)
             if peer not in self._whole:
                 self._carrier.add_peer(offer.whole)
                 self._whole.add(peer)
             return self._carrier.prepare(peer, ops, local=local, remote=remote)
 
-    def _followed(self, peer: str, offer: Offer, copies: Batch, device: int) -> _Write:
+    def _followed(
+        self, peer: str, offer: Offer, copies: Batch, pad: torch.Tensor, device: int
+    ) -> _Write:
         """These copies, and the carrier's write behind them."""
         with torch.cuda.device(device):
             stream = self._streams.setdefault((peer, device), torch.cuda.Stream())
-        pad = self._registered[0].pad.data_ptr()
-        end = self._carrier.prepare(peer, [WriteOp(pad, offer.pad, _PAD_NBYTES)])
+        end = self._carrier.prepare(peer, [WriteOp(pad.data_ptr(), offer.pad, _PAD_NBYTES)])
         write = _Write(self, stream, copies, end)
         self._writes.add(write)
         logger.info("CUDA IPC to %s: %d copies", peer, write.descriptors)

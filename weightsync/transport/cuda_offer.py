@@ -20,8 +20,8 @@ class Offer:
     """How another process of the host may write here.
 
     Attributes:
-        carrier: The carrier's metadata, which tells of the pad alone.
-        whole: The same, of all memory: for whoever cannot map it.
+        carrier: The carrier's metadata, which tells of host memory alone, the pad's, too.
+        whole: The same, of all memory: for whoever cannot map a GPU's.
         near: The neighbourhood in which it can be mapped.
         process: Whose it is.
         allocations: What can be mapped, in the order of their addresses.
