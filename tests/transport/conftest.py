@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.transport.host_cuda import HostCarrier, HostCuda, HostEnd
+from tests.transport.host_cuda import HostCarrier, HostCuda, HostEnd, HostNixl
 from weightsync.transport import (
     CudaIpcTransport,
     Fabric,
@@ -23,6 +23,9 @@ from weightsync.transport import (
     nixl_request,
 )
 from weightsync.transport.base import Side
+
+#: with host memory in a GPU's place
+HOST_CUDA = {"cuda_ipc_host", "cuda_ipc_host_nixl"}
 
 
 class GpuBytes:
@@ -95,7 +98,7 @@ class Wire:
             return on_gpu
         array = np.zeros(nbytes, np.uint8)
         self.kept.append(array)
-        kind = "VRAM" if self.kind == "cuda_ipc_host" else "DRAM"
+        kind = "VRAM" if self.kind in HOST_CUDA else "DRAM"
         end.register([LocalMemory(array.ctypes.data, nbytes, kind)])
         return array
 
@@ -118,6 +121,7 @@ _MAKERS = {
     "nixl": NixlTransport,
     "nixl_threads": partial(NixlTransport, threads=3),
     "ucxx": UcxxTransport,
+    "cuda_ipc_host_nixl": lambda *args, **options: HostEnd(HostNixl(*args, **options)),
     "cuda_ipc": lambda *args, **options: OnGpus(NixlTransport(*args, **options)),
 }
 
@@ -129,6 +133,7 @@ _MAKERS = {
         pytest.param("nixl_threads", marks=pytest.mark.nixl),
         pytest.param("ucxx", marks=pytest.mark.integrations),
         "cuda_ipc_host",
+        pytest.param("cuda_ipc_host_nixl", marks=pytest.mark.nixl),
         pytest.param("cuda_ipc", marks=[pytest.mark.nixl, pytest.mark.gpu]),
     ]
 )
@@ -137,7 +142,7 @@ def wire(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     if request.param == "nixl_threads":  # whatever is written goes in parts
         monkeypatch.setattr(nixl_request, "_LEAST_PARTED_NBYTES", 1)
     cuda = HostCuda()
-    with cuda.in_place() if request.param == "cuda_ipc_host" else nullcontext():
+    with cuda.in_place() if request.param in HOST_CUDA else nullcontext():
         yield wire
         for end in wire.ends:
             end.close()

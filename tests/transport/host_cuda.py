@@ -15,7 +15,13 @@ from unittest.mock import patch
 import torch
 
 from weightsync.errors import TransportError
-from weightsync.transport import CudaIpcTransport, InMemoryTransport, LocalMemory, cuda_ipc
+from weightsync.transport import (
+    CudaIpcTransport,
+    InMemoryTransport,
+    LocalMemory,
+    NixlTransport,
+    cuda_ipc,
+)
 from weightsync.transport.base import DRAM, Side
 from weightsync.transport.cuda_driver import Allocation, Batch
 
@@ -104,10 +110,27 @@ class HostCarrier(InMemoryTransport):
     """Knows no GPU: what is said to be one's is the host's."""
 
     def register(self, memory):
-        return super().register([LocalMemory(m.addr, m.nbytes) for m in memory])
+        return super().register(_on_host(memory))
 
     def prepare(self, peer, ops, *, local=DRAM, remote=DRAM):
         return super().prepare(peer, ops)
+
+
+class HostNixl(NixlTransport):
+    """The same of NIXL."""
+
+    def register(self, memory):
+        return super().register(_on_host(memory))
+
+    def metadata(self, of=None):
+        return super().metadata(None if of is None else _on_host(of))
+
+    def prepare(self, peer, ops, *, local=DRAM, remote=DRAM):
+        return super().prepare(peer, ops)
+
+
+def _on_host(memory):
+    return [LocalMemory(m.addr, m.nbytes) for m in memory]
 
 
 class HostEnd(CudaIpcTransport):
