@@ -327,7 +327,7 @@ def make_nixl() -> Transport:
     # A trainer only writes, and makes progress while it waits: no thread runs beside its training.
     threads = copying_threads() if gpu is None else 1
     carrier = NixlTransport("trainer", progress_thread=False, gpu=gpu, threads=threads)
-    return CudaIpcTransport(carrier, exports=False)
+    return CudaIpcTransport(carrier)
 
 
 def make_ucxx() -> Transport:

@@ -190,7 +190,7 @@ class Session:
     def offer(self, url: str) -> Offer:
         """This rank's part of ``POST /connect`` to that agent."""
         return Offer(
-            metadata=base64.b64encode(self._transport.metadata()).decode("ascii"),
+            metadata=base64.b64encode(self._transport.metadata(())).decode("ascii"),
             writes=[
                 pack(self._plan.declared(worker.like)) if self._plan.writes[worker.like] else ""
                 for worker in self.members[url].workers

@@ -216,9 +216,9 @@ def test_either_end_can_leave_all_to_the_carrier(cuda, side):
         assert pair.arrives(write)
 
 
-def test_one_that_only_writes_hands_nothing_out(cuda):
+def test_one_that_is_to_tell_of_no_memory_tells_as_its_carrier_does(cuda):
     array = np.zeros(100, np.uint8)
     carrier = HostCarrier(Fabric())
-    with HostEnd(carrier, exports=False) as end:
+    with HostEnd(carrier) as end:
         end.register([LocalMemory(array.ctypes.data, 100, GPU.kind, 0)])
-        assert end.metadata() == carrier.metadata(()) != carrier.metadata()
+        assert end.metadata(()) == carrier.metadata(()) != carrier.metadata()

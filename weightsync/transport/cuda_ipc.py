@@ -115,21 +115,13 @@ class CudaIpcTransport(Transport):
 
     Args:
         carrier: Owned; it has the name.
-        exports: Whether others write here; else they hear of no memory.
         environ: For tests.
     """
 
-    def __init__(
-        self,
-        carrier: Transport,
-        *,
-        exports: bool = True,
-        environ: Mapping[str, str] = os.environ,
-    ) -> None:
+    def __init__(self, carrier: Transport, *, environ: Mapping[str, str] = os.environ) -> None:
         self.name = carrier.name
         self._carrier = carrier
         self._off = environ.get(SWITCH) == "0"
-        self._exports = exports
         self._lock = threading.RLock()
         self._registered: list[_Registration] = []
         #: of the host's memory; registered as long as this end lives
@@ -164,8 +156,6 @@ class CudaIpcTransport(Transport):
 
     def metadata(self, of: Sequence[LocalMemory] | None = None) -> bytes:
         """See :meth:`Transport.metadata`: the carrier's, and handles where there is GPU memory."""
-        if not self._exports:
-            return self._carrier.metadata(())
         whole = self._carrier.metadata(of)
         near = neighbourhood()
         with self._lock:
