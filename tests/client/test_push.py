@@ -18,6 +18,7 @@ from weightsync.errors import (
     StaleVersionError,
 )
 from weightsync.manifest import Manifest
+from weightsync.transport import InMemoryTransport
 from weightsync_client import ModuleSource, Publisher
 
 Make = Callable[..., Publisher]
@@ -40,6 +41,25 @@ def test_every_byte_of_a_module_lands_and_the_engine_generates_again(
     assert agent.state.phase == "ready"
     assert agent.state.version == report.version == 1
     assert report.nbytes == sum(t.nbytes for t in model.state_dict().values())
+
+
+def test_a_rank_tells_engines_of_none_of_its_memory(
+    agent: Agent, make_publisher: Make, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[bytes] = []
+    add_peer = InMemoryTransport.add_peer
+
+    def listening(self: InMemoryTransport, metadata: bytes) -> str:
+        if self is agent.workers[0].transport:
+            heard.append(metadata)
+        return add_peer(self, metadata)
+
+    monkeypatch.setattr(InMemoryTransport, "add_peer", listening)
+    publisher = make_publisher(agent)
+    publisher.push(model)
+    transport = publisher._held.session._transport
+    assert heard == [transport.metadata(())]
+    assert heard != [transport.metadata()]
 
 
 def test_calls_of_a_push_come_in_the_order_of_the_protocol(

@@ -202,9 +202,9 @@ class CudaIpcTransport(Transport):
         """See :meth:`Transport.prepare`."""
         with self._lock:
             offer = self._offers.get(peer)
-            if offer is None or remote.kind != "VRAM":
+            if offer is None or remote.kind != "VRAM" or not ops:
                 return self._carrier.prepare(peer, ops, local=local, remote=remote)
-            if local.kind == "VRAM" and ops and self._pad is not None:
+            if local.kind == "VRAM" and self._pad is not None:
                 parts = ((op.local_addr, op.nbytes) for op in ops)
                 self._memory.check("local", local, peer, parts)
                 offer.check(peer, remote, ops)

@@ -12,9 +12,10 @@ What NIXL 1.5 does, and what follows from it here (seen in its source and in run
   at the default 10 ms, and a small write still takes 0.3 ms since an event wakes it.  So it is on
   by default and the binding is used directly.  An end that only writes is better without: waiting
   polls, and the copy takes half the CPU.
-- *One handle a peer.*  10,000 descriptors cost 1 ms to prepare as one request, 0.3 ms as prepared
-  lists; posting costs the same, so the form with one handle to release is used.  On TCP that many
-  descriptors run at a sixth of the rate of one: merge writes.
+- *One handle a peer*, but for large writes of host memory (``nixl_request.py``).  10,000
+  descriptors cost 1 ms to prepare as one request, 0.3 ms as prepared lists; posting costs the same,
+  so the form with one handle to release is used.  On TCP that many descriptors run at a sixth of
+  the rate of one: merge writes.
 - *Damaged metadata* makes NIXL refuse the right one of that peer for ever after, so a checksum
   stands in front of it.  The sender's name in a notification is what the sender says: it is no
   authentication.
@@ -324,6 +325,7 @@ class NixlTransport(Transport):
             self._refuse_closed()
             self._refuse_unknown(peer)
             with translated("sending a notification", peer):
+                # on a thread of ours: NIXL remembers a worker for each thread that needs one
                 self._threads.on(0, lambda: self._agent.genNotif(peer, message))
 
     def notifications(self) -> Mapping[str, Sequence[bytes]]:

@@ -1,6 +1,7 @@
 """NIXL by itself: its own binding, one handle, and the loop that its documentation shows.
 
-The baseline of our write phase, so nothing of ours is in it but the slab of memory.
+The baseline of our write phase, so nothing of ours is in it but the slab of memory and, where
+several write, the threads.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ import uuid
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from weightsync.errors import DeadlineError
 from weightsync.slab import Slab
 from weightsync.transport.nixl import load_bindings
 from weightsync.transport.nixl_errors import is_done, translated
-from weightsync.transport.nixl_request import Threads
+from weightsync.transport.nixl_request import Threads, rows
 
 _WRITE_S = 60.0
 _PROGRESS_US = 10_000
@@ -54,8 +54,8 @@ class RawNixl:
             self._agent: Any = self._nixl.nixlAgent(f"raw-{uuid.uuid4().hex}", config)
             self._agent.createBackend("UCX", {"num_workers": str(workers)})
             memory = self._slab.memory
-            rows = [(memory.addr, memory.nbytes, memory.device_id)]
-            self._agent.registerMem(self._nixl.nixlRegDList(self._kind, _rows(rows)), [])
+            whole = rows([(memory.addr, memory.nbytes, memory.device_id)])
+            self._agent.registerMem(self._nixl.nixlRegDList(self._kind, whole), [])
         self._peer = ""
         self._remote_addr = 0
 
@@ -98,7 +98,7 @@ class RawNixl:
         here, there = (
             self._nixl.nixlXferDList(
                 self._kind,
-                _rows([(addr + at, min(part.step, part.stop - at), device) for at in part]),
+                rows([(addr + at, min(part.step, part.stop - at), device) for at in part]),
             )
             for addr in (self._slab.memory.addr, self._remote_addr)
         )
@@ -119,7 +119,3 @@ class RawNixl:
             if sleeping:
                 time.sleep(_SLEEP_S)
             done = is_done(self._agent.getXferStatus(handle).name, self._peer)
-
-
-def _rows(rows: list[tuple[int, int, int]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    return np.array(rows, dtype=np.uint64).reshape(-1, 3)
