@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -164,26 +163,3 @@ def test_copies_of_a_writer_that_is_stopped_land_and_their_message_does_not_come
         finally:
             process.kill()
             process.communicate()
-
-
-@pytest.mark.parametrize("pieces", [1, 64, 256, 1024, 4096])
-def test_rates_of_both_wires(writer, peer, src, pieces):
-    """Prints them; that both end is all that is asserted."""
-    ipc = prepared(writer, peer, src, pieces)
-    nixl = writer._carrier.prepare(
-        ipc.peer, ops_of(peer, src, pieces), local=HERE, remote=peer.side
-    )
-    for name, write in (("cuda_ipc", ipc), ("nixl", nixl)):
-        took = []
-        for _ in range(7):
-            started = time.perf_counter()
-            writer.post(write, b"v")
-            posted = time.perf_counter()
-            writer.wait([write], timeout_s=20)
-            took.append((time.perf_counter() - started, posted - started))
-        total_s, post_s = (statistics.median(each) for each in zip(*took, strict=True))
-        print(
-            f"{name:9} GPU {peer.side.device_id} {NBYTES // pieces:>11} B x {pieces:<5}"
-            f"{NBYTES / total_s / 1e9:8.1f} GB/s  {total_s * 1e3:7.2f} ms, post {post_s * 1e3:.2f}"
-        )
-        assert total_s > 0
