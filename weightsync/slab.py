@@ -61,6 +61,8 @@ class Slab:
         with torch.cuda.device(self.device):
             torch.cuda.current_stream()  # makes the context that the allocation belongs to
             code = _cudart().cudaMalloc(ctypes.byref(addr), ctypes.c_size_t(self.nbytes))
+            if code:
+                _cudart().cudaGetLastError()  # or torch takes it for its own next call's
         if code or not addr.value:
             raise RegistrationError(
                 f"cudaMalloc of {self.nbytes} bytes on {self.device} failed (code {code})",

@@ -38,3 +38,4 @@ def test_a_gpu_slab_is_plain_device_memory_that_torch_can_use() -> None:
     assert torch.cuda.mem_get_info(device)[0] >= free_before - (256 << 20)
     with pytest.raises(RegistrationError, match="cudaMalloc"):
         Slab(1 << 50, device)
+    assert torch.ones(8, device=device).sum().item() == 8  # torch hears nothing of that failure
