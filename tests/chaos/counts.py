@@ -11,7 +11,6 @@ from pathlib import Path
 class Holds:
     """One process at one moment; ``registrations``: None where it has no NIXL."""
 
-    pid: int
     rss_mib: float
     fds: int
     threads: int
@@ -24,7 +23,6 @@ def holds(pid: int, registrations: int | None = None) -> Holds:
         line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
     )
     return Holds(
-        pid=pid,
         rss_mib=int(status["VmRSS"].split()[0]) / 1024,
         fds=len(list(Path(f"/proc/{pid}/fd").iterdir())),
         threads=int(status["Threads"]),
